@@ -1,0 +1,155 @@
+// The C ABI of fastlora.h: validates, then calls the widest instruction set this CPU has.
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "kernels.h"
+#if defined(FASTLORA_X86)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastlora {
+
+#define FASTLORA_DECLARE(ISA) \
+  namespace ISA {             \
+  extern const Kernels kernels; \
+  }
+FASTLORA_DECLARE(baseline)
+#if defined(FASTLORA_X86)
+FASTLORA_DECLARE(avx2)
+FASTLORA_DECLARE(avx512)
+FASTLORA_DECLARE(avx512bf16)
+FASTLORA_DECLARE(amx)
+#endif
+
+namespace {
+
+#if defined(FASTLORA_X86)
+// Linux hands out the 8 KiB of tile state on request only.
+bool amx_granted() {
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if ((edx & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) return false;
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+bool supported(const Kernels& k) {
+#if defined(FASTLORA_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&k == &avx2::kernels) return avx2;
+  if (&k == &avx512::kernels) return avx512;
+  if (&k == &avx512bf16::kernels) return bf16;
+  if (&k == &amx::kernels) return bf16 && amx_granted();
+#endif
+  return &k == &baseline::kernels;
+}
+
+const Kernels* const all[] = {
+#if defined(FASTLORA_X86)
+    &amx::kernels, &avx512bf16::kernels, &avx512::kernels, &avx2::kernels,
+#endif
+    &baseline::kernels};
+
+const Kernels* widest() {
+  for (const Kernels* k : all)
+    if (supported(*k)) return k;
+  return &baseline::kernels;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* k = chosen.load(std::memory_order_acquire);
+  if (!k) chosen.store(k = widest(), std::memory_order_release);
+  return *k;
+}
+
+struct Scratch {
+  void* data[SCRATCH_SLOTS] = {};
+  size_t bytes[SCRATCH_SLOTS] = {};
+  ~Scratch() {
+    for (void* p : data) free(p);
+  }
+};
+thread_local Scratch mine;
+
+bool valid(int32_t dtype, int64_t m, const fastlora_weight* w, const fastlora_lora* lora, int32_t threads) {
+  if (dtype != FASTLORA_F32 && dtype != FASTLORA_BF16) return false;
+  if (!w || !lora || m < 0 || w->n < 0 || w->k < 0 || lora->r < 0 || threads < 1) return false;
+  if (w->format == FASTLORA_DENSE) return w->dtype == dtype;
+  return w->format == FASTLORA_4BIT && w->block_shift >= 4 && w->block_shift < 32 &&
+         (!w->nested_absmax || w->nested_code);
+}
+
+}  // namespace
+
+void* scratch(ScratchSlot slot, size_t bytes) {
+  if (mine.bytes[slot] < bytes) {
+    free(mine.data[slot]);
+    mine.bytes[slot] = (bytes + 4095) / 4096 * 4096;
+    mine.data[slot] = aligned_alloc(4096, mine.bytes[slot]);
+    if (!mine.data[slot]) abort();  // no way to report from inside a parallel region
+  }
+  return mine.data[slot];
+}
+
+}  // namespace fastlora
+
+extern "C" {
+
+int32_t fastlora_abi_version(void) { return FASTLORA_ABI; }
+
+const char* fastlora_source_id(void) { return FASTLORA_SOURCE_ID; }
+
+const char* fastlora_isa(void) { return fastlora::kernels().name; }
+
+int32_t fastlora_set_isa(const char* name) {
+  for (const fastlora::Kernels* k : fastlora::all)
+    if (strcmp(k->name, name) == 0 && fastlora::supported(*k)) {
+      fastlora::chosen.store(k);
+      return 0;
+    }
+  return FASTLORA_EINVAL;
+}
+
+int32_t fastlora_lora_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const fastlora_weight* w,
+                             const float* bias, const fastlora_lora* lora, float* s, void* y, int32_t threads) {
+  if (!fastlora::valid(dtype, m, w, lora, threads)) return FASTLORA_EINVAL;
+  if (m && w->n) fastlora::kernels().lora_linear(dtype, m, x, ldx, *w, bias, *lora, s, y, threads);
+  return 0;
+}
+
+int32_t fastlora_lora_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x,
+                                      int64_t ldx, const float* s, const fastlora_weight* w,
+                                      const fastlora_lora* lora, void* dx, void* da, void* db, int32_t threads) {
+  if (!fastlora::valid(dtype, m, w, lora, threads)) return FASTLORA_EINVAL;
+  fastlora::kernels().lora_linear_backward(dtype, m, dy, lddy, x, ldx, s, *w, *lora, dx, da, db, threads);
+  return 0;
+}
+
+int32_t fastlora_quantize_4bit(int32_t dtype, int64_t n, const void* x, const float* thresholds, const uint8_t* order,
+                               int64_t blocksize, uint8_t* packed, float* absmax, int32_t threads) {
+  if (dtype < FASTLORA_F32 || dtype > FASTLORA_F16 || n < 0 || blocksize < 2 || blocksize % 2 || threads < 1)
+    return FASTLORA_EINVAL;
+  if (n) fastlora::kernels().quantize_4bit(dtype, n, x, thresholds, order, blocksize, packed, absmax, threads);
+  return 0;
+}
+
+int32_t fastlora_dequantize_4bit(int32_t dtype, const fastlora_weight* w, void* out, int32_t threads) {
+  const fastlora_lora none = {};
+  if (dtype < FASTLORA_F32 || dtype > FASTLORA_F16 || !w || w->format != FASTLORA_4BIT) return FASTLORA_EINVAL;
+  if (!fastlora::valid(FASTLORA_F32, 0, w, &none, threads)) return FASTLORA_EINVAL;
+  fastlora::kernels().dequantize_4bit(dtype, *w, out, threads);
+  return 0;
+}
+
+}  // extern "C"

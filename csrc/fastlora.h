@@ -1,0 +1,78 @@
+// C ABI of the native CPU kernels: plain pointers and integers, no torch, no Python.
+//
+// Sizes are in elements. Every pointer is to contiguous memory unless a leading dimension (ld*) is given.
+// Functions return 0, or FASTLORA_EINVAL when an argument is outside what is documented here, with nothing written.
+#pragma once
+#include <stdint.h>
+
+#define FASTLORA_API __attribute__((visibility("default")))
+#define FASTLORA_ABI 1
+#define FASTLORA_EINVAL 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Floating-point types of activations, adapters and dense weights.
+enum { FASTLORA_F32 = 0, FASTLORA_BF16 = 1, FASTLORA_F16 = 2 };
+// Weight formats.
+enum { FASTLORA_DENSE = 0, FASTLORA_4BIT = 1 };
+
+// A frozen weight W of n rows (out_features) and k columns (in_features), row-major.
+typedef struct {
+  int64_t n, k;
+  int32_t format;              // FASTLORA_DENSE or FASTLORA_4BIT
+  int32_t dtype;               // FASTLORA_DENSE: F32 or BF16
+  const void* data;            // dense values, or packed nibbles, high nibble first over the flattened (n, k)
+  const float* code;           // 4-bit: the 16 values of the code book
+  const void* absmax;          // 4-bit: one per block: float, or uint8_t codes when nested_absmax is given
+  const float* nested_absmax;  // double quantisation: one per 256 blocks; else NULL
+  const float* nested_code;    // double quantisation: the 256 values of the 8-bit code book
+  float nested_offset;         // double quantisation: added to every decoded absmax
+  int32_t block_shift;         // 4-bit: log2(blocksize)
+} fastlora_weight;
+
+// A low-rank update scaling * B A; r == 0 means none.
+typedef struct {
+  int64_t r;
+  int32_t dtype;    // F32 or BF16
+  float scaling;
+  const void* a;    // (r, k)
+  const void* b;    // (n, r)
+} fastlora_lora;
+
+// FASTLORA_ABI of the library, bumped with every change of this file.
+FASTLORA_API int32_t fastlora_abi_version(void);
+// Hash of the sources the library was built from.
+FASTLORA_API const char* fastlora_source_id(void);
+// Instruction set in use: "baseline", "avx2", "avx512", "avx512bf16" or "amx".
+FASTLORA_API const char* fastlora_isa(void);
+// Use instruction set `name`; FASTLORA_EINVAL when it is unknown or this CPU lacks it.
+FASTLORA_API int32_t fastlora_set_isa(const char* name);
+
+// y (m, n) = x W^T + bias + scaling (x A^T) B^T, and s (m, r) = x A^T in float.
+//   dtype: of x and y, F32 or BF16; a dense weight must have the same. bias: (n) or NULL. s: NULL when r == 0.
+FASTLORA_API int32_t fastlora_lora_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx,
+                                          const fastlora_weight* w, const float* bias, const fastlora_lora* lora,
+                                          float* s, void* y, int32_t threads);
+
+// Gradients of the above for the output gradient dy (m, n); an output that is NULL is not computed.
+//   dx (m, k) = dy W + scaling (dy B) A;  da (r, k) = scaling (dy B)^T x;  db (n, r) = scaling dy^T s.
+//   da and db have lora->dtype; da needs x, db needs s.
+FASTLORA_API int32_t fastlora_lora_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy,
+                                                   const void* x, int64_t ldx, const float* s,
+                                                   const fastlora_weight* w, const fastlora_lora* lora, void* dx,
+                                                   void* da, void* db, int32_t threads);
+
+// Block-wise 4-bit quantisation of n values of x (F32, BF16 or F16), bit-equal to bitsandbytes.
+//   thresholds: 15 floats, ascending; order: 16 nibbles; a scaled value becomes order[number of thresholds below it].
+//   packed: (n + 1) / 2 bytes; absmax: ceil(n / blocksize) floats. blocksize: even.
+FASTLORA_API int32_t fastlora_quantize_4bit(int32_t dtype, int64_t n, const void* x, const float* thresholds,
+                                            const uint8_t* order, int64_t blocksize, uint8_t* packed, float* absmax,
+                                            int32_t threads);
+
+// The n * k values of a 4-bit weight, as F32, BF16 or F16.
+FASTLORA_API int32_t fastlora_dequantize_4bit(int32_t dtype, const fastlora_weight* w, void* out, int32_t threads);
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,301 @@
+// Few tokens: the weight goes from packed bytes to registers to sums; nothing decoded is stored.
+//
+// x is reordered once into the order in which nibbles decode.
+// A weight whose rows are no multiple of 128 long, or whose blocks are of 32, is decoded through a small buffer.
+#include "low_rank.inl.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+constexpr int64_t FEW_TOKENS = 8;
+
+template <class T>
+struct Gemv {
+  const T* x;
+  int64_t ldx, m;
+  const fastlora_weight& w;
+  const float* bias;
+  const fastlora_lora& lora;
+  const float* s;
+  T* y;
+  int threads;
+};
+
+// The magnitudes of `count` runs of 64 weights from the flattened position `first` on; blocks are of 64 or more.
+inline void half_absmaxes(const fastlora_weight& w, int64_t first, int64_t count, float* out) {
+  if (w.block_shift == 6) return block_absmaxes(w, first >> 6, count, out);
+  for (int64_t i = 0; i < count; ++i) out[i] = block_absmax(w, (first + 64 * i) >> w.block_shift);
+}
+
+template <class L>
+inline float low_rank_dot(const float* s, const L* b, int64_t r) {
+  vf sum = vzero();
+  int64_t j = 0;
+  for (; j + VW <= r; j += VW) sum = vfma(vload(s + j), vload(b + j), sum);
+  if (j < r) sum = vfma(vload_part(s + j, r - j), vload_part(b + j, r - j), sum);
+  return vsum(sum);
+}
+
+template <class T>
+inline void store_output(const Gemv<T>& g, int64_t i, int64_t row, float sum) {
+  const int64_t r = g.lora.r;
+  if (g.bias) sum += g.bias[row];
+  if (r && g.lora.dtype == FASTLORA_F32)
+    sum += g.lora.scaling * low_rank_dot(g.s + i * r, static_cast<const float*>(g.lora.b) + row * r, r);
+  else if (r)
+    sum += g.lora.scaling * low_rank_dot(g.s + i * r, static_cast<const bf16*>(g.lora.b) + row * r, r);
+  store_scalar(g.y + i * g.w.n + row, sum);
+}
+
+#if defined(__AVX2__)
+// How a step of WEIGHTS weights of one row, two halves with a magnitude each, is multiplied with x. x is stored in
+// the order in which the nibbles of the step decode: position(j) is where the step's j-th weight goes.
+struct FloatScheme {
+  using Packed = float;
+  static constexpr int64_t WEIGHTS = 128;
+  static int64_t position(int64_t j) { return j / (2 * VW) * (2 * VW) + j % 2 * VW + j % (2 * VW) / 2; }
+  template <int M>
+  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, bool as_bf16, const float* x,
+                  int64_t ldx, vf (&sums)[M]) {
+    for (int half = 0; half < 2; ++half) {
+      const Table table(w.code, absmax[half], as_bf16);
+      for (int64_t j = 64 * half; j < 64 * half + 64; j += 2 * VW) {
+        vf even, odd;
+        decode_split(bytes + j / 2, table, even, odd);
+        for (int i = 0; i < M; ++i)
+          sums[i] = vfma(odd, vload(x + i * ldx + j + VW), vfma(even, vload(x + i * ldx + j), sums[i]));
+      }
+    }
+  }
+};
+#if defined(FASTLORA_BF16_DOT)
+// 128 weights are 32 words of four nibbles; words 16..31 are the second half. One table holds both halves' scaled
+// codes and the fifth bit of the index tells them apart, so each of four lookups yields 32 finished bf16 weights:
+// lookup j those at 4 i + j, i < 32.
+struct QuadTable {
+  __m512i table;
+  QuadTable(const float* code, const float* absmax) {
+    const __m512 c = _mm512_loadu_ps(code);
+    table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(c, _mm512_set1_ps(absmax[1])),
+                                         _mm512_mul_ps(c, _mm512_set1_ps(absmax[0])));
+  }
+  __m512i lookup(__m512i words, int j) const {
+    constexpr int shift[4] = {4, 0, 12, 8};  // the high nibble of a byte comes first
+    const __m512i nibble = _mm512_set1_epi16(15);
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, shift[j]), nibble, half, 0xea);
+    return _mm512_permutexvar_epi16(index, table);  // index: (words >> shift & nibble) | half
+  }
+};
+struct Bf16Scheme {
+  using Packed = bf16;
+  static constexpr int64_t WEIGHTS = 128;
+  static int64_t position(int64_t j) { return j % 4 * 32 + j / 4; }
+  template <int M>
+  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, bool, const bf16* x,
+                  int64_t ldx, vf (&sums)[M]) {
+    const QuadTable table(w.code, absmax);
+    const __m512i words = _mm512_loadu_si512(bytes);
+    for (int j = 0; j < 4; ++j) {
+      const __m512bh weights = (__m512bh)table.lookup(words, j);
+      for (int i = 0; i < M; ++i)
+        sums[i] = _mm512_dpbf16_ps(sums[i], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + 32 * j));
+    }
+  }
+};
+#endif
+
+template <class Scheme, int M, int NR, class T>
+inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Packed* x) {
+  constexpr int64_t RUN = 32;  // steps whose magnitudes are decoded together
+  const int64_t k = g.w.k;
+  const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
+  vf sums[NR][M];
+  for (int n = 0; n < NR; ++n)
+    for (int i = 0; i < M; ++i) sums[n][i] = vzero();
+  alignas(64) float absmax[NR][2 * RUN];
+  for (int64_t run = 0; run < k; run += RUN * Scheme::WEIGHTS) {
+    const int64_t steps = min64(RUN, (k - run) / Scheme::WEIGHTS);
+    for (int n = 0; n < NR; ++n) half_absmaxes(g.w, (row + n) * k + run, 2 * steps, absmax[n]);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t c = run + step * Scheme::WEIGHTS;
+      for (int n = 0; n < NR; ++n) {
+        const uint8_t* bytes = packed + (n * k + c) / 2;
+        __builtin_prefetch(bytes + NR * k / 2);  // the same place in the next rows
+        Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, sizeof(T) == 2, x + c, k, sums[n]);
+      }
+    }
+  }
+  for (int n = 0; n < NR; ++n)
+    for (int i = 0; i < M; ++i) store_output(g, i, row + n, vsum(sums[n][i]));
+}
+
+template <class Scheme, int M, class T>
+inline void packed_gemv(const Gemv<T>& g) {
+  using P = typename Scheme::Packed;
+  constexpr int NR = M <= 2 ? 4 : (VW == 16 ? 2 : 1);
+  constexpr int64_t TASK = 16;
+  const int64_t k = g.w.k;
+  P* x = static_cast<P*>(scratch(SCRATCH_SHARED, M * k * sizeof(P)));
+#pragma omp parallel num_threads(g.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t u = 0; u < M * k; u += Scheme::WEIGHTS) {
+      const T* from = g.x + u / k * g.ldx + u % k;
+      for (int64_t j = 0; j < Scheme::WEIGHTS; ++j) {
+        if constexpr (sizeof(P) == sizeof(T))
+          x[u + Scheme::position(j)] = from[j];
+        else
+          x[u + Scheme::position(j)] = to_float(from[j]);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < g.w.n; row += TASK) {
+      const int64_t stop = min64(row + TASK, g.w.n);
+      int64_t n = row;
+      for (; n + NR <= stop; n += NR) packed_rows<Scheme, M, NR>(g, n, x);
+      for (; n < stop; ++n) packed_rows<Scheme, M, 1>(g, n, x);
+    }
+  }
+}
+
+template <class Scheme, class T>
+inline void packed_gemv(const Gemv<T>& g) {
+  switch (g.m) {
+    case 1: return packed_gemv<Scheme, 1>(g);
+    case 2: return packed_gemv<Scheme, 2>(g);
+    case 3: return packed_gemv<Scheme, 3>(g);
+    case 4: return packed_gemv<Scheme, 4>(g);
+    case 5: return packed_gemv<Scheme, 5>(g);
+    case 6: return packed_gemv<Scheme, 6>(g);
+    case 7: return packed_gemv<Scheme, 7>(g);
+    default: return packed_gemv<Scheme, 8>(g);
+  }
+}
+#endif
+
+// Any format and any alignment: rows are decoded (or read) 512 values at a time.
+template <class T>
+inline void buffered_gemv(const Gemv<T>& g) {
+#pragma omp parallel for num_threads(g.threads) schedule(static)
+  for (int64_t row = 0; row < g.w.n; ++row) {
+    float buffer[CHUNK], sums[FEW_TOKENS] = {};
+    for (int64_t c = 0; c < g.w.k; c += CHUNK) {
+      const int64_t count = min64(CHUNK, g.w.k - c);
+      decode_row(g.w, row, c, count, sizeof(T) == 2, buffer);
+      for (int64_t i = 0; i < g.m; ++i) {
+        float part;
+        dots<1, 1>(g.x + i * g.ldx + c, g.ldx, buffer, count, 1.0f, &part, 1);
+        sums[i] += part;
+      }
+    }
+    for (int64_t i = 0; i < g.m; ++i) store_output(g, i, row, sums[i]);
+  }
+}
+
+#if defined(__AMX_BF16__)
+// Up to 16 tokens on the matrix unit: Y^T = W X^T with 16 rows of W decoded into four tiles at a time.
+constexpr int64_t MOST_TOKENS = 16;
+
+// x to tiles of [16 pairs][16 tokens][2], in the order of QuadTable's lookups: tile (step, j) at (4 step + j) * 512.
+inline void pack_tokens(const Gemv<bf16>& g, int64_t step, bf16* out) {
+  for (int64_t j = 0; j < 4; ++j)
+    for (int64_t i = 0; i < 32; ++i)
+      for (int64_t t = 0; t < g.m; ++t)
+        out[j * 512 + i / 2 * 32 + t * 2 + i % 2] = g.x[t * g.ldx + step * 128 + 4 * i + j];
+}
+
+// The packed row block: magnitudes decoded for RUN steps at a time, tiles decoded one step ahead of their use, so that
+// a tile is not loaded from lines still being stored.
+inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x) {
+  constexpr int64_t RUN = 16;
+  alignas(64) float absmax[16][2 * RUN], sums[4][16][16];
+  alignas(64) bf16 tiles[2][4][16][32];
+  const int64_t k = g.w.k, steps = k / 128;
+  const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t step = 0; step <= steps; ++step) {
+    if (step < steps) {
+      if (step % RUN == 0)
+        for (int n = 0; n < 16; ++n)
+          half_absmaxes(g.w, (row + n) * k + step * 128, 2 * min64(RUN, steps - step), absmax[n]);
+      for (int n = 0; n < 16; ++n) {
+        const QuadTable table(g.w.code, absmax[n] + 2 * (step % RUN));
+        const __m512i words = _mm512_loadu_si512(packed + (n * k + step * 128) / 2);
+        for (int j = 0; j < 4; ++j) _mm512_store_si512(tiles[step & 1][j][n], table.lookup(words, j));
+      }
+    }
+    if (step == 0) continue;
+    const auto& a = tiles[(step - 1) & 1];
+    const bf16* b = x + (step - 1) * 2048;
+    _tile_loadd(4, a[0], 64);
+    _tile_loadd(5, b, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, a[1], 64);
+    _tile_loadd(7, b + 512, 64);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_loadd(4, a[2], 64);
+    _tile_loadd(5, b + 1024, 64);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, a[3], 64);
+    _tile_loadd(7, b + 1536, 64);
+    _tile_dpbf16ps(3, 6, 7);
+  }
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+  for (int64_t n = 0; n < 16; ++n)
+    for (int64_t i = 0; i < g.m; ++i)
+      store_output(g, i, row + n, (sums[0][n][i] + sums[1][n][i]) + (sums[2][n][i] + sums[3][n][i]));
+}
+
+inline void tile_gemv(const Gemv<bf16>& g) {
+  const int64_t steps = g.w.k / 128, whole = g.w.n / 16;
+  bf16* x = static_cast<bf16*>(scratch(SCRATCH_SHARED, steps * 2048 * sizeof(bf16)));
+#pragma omp parallel num_threads(g.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t step = 0; step < steps; ++step) {
+      memset(x + step * 2048, 0, 2048 * sizeof(bf16));
+      pack_tokens(g, step, x + step * 2048);
+    }
+    MatrixUnit unit;
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < whole; ++block) tile_rows(g, block * 16, x);
+  }
+}
+#endif
+
+// Whether `m` tokens are few enough for the kernels of this file.
+template <class T>
+inline bool few_tokens(const fastlora_weight& w, int64_t m) {
+#if defined(__AMX_BF16__)
+  if (sizeof(T) == 2 && aligned(w, 128) && w.n % 16 == 0) return m <= MOST_TOKENS;
+#endif
+  (void)w;
+  return m <= FEW_TOKENS;
+}
+
+template <class T>
+inline void gemv(const Gemv<T>& g) {
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(T) == 2)
+    if (g.m > 1 && aligned(g.w, 128) && g.w.n % 16 == 0) return tile_gemv(g);  // one token: registers are faster
+#endif
+#if defined(__AVX2__)
+  if (g.w.format == FASTLORA_4BIT && g.w.k % 128 == 0 && g.w.block_shift >= 6) {
+#if defined(FASTLORA_BF16_DOT)
+    if constexpr (sizeof(T) == 2) return packed_gemv<Bf16Scheme>(g);
+#endif
+    return packed_gemv<FloatScheme>(g);
+  }
+#endif
+  buffered_gemv(g);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,2 @@
+#define FASTLORA_ISA amx
+#include "kernels.inl.h"

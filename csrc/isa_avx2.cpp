@@ -1,0 +1,2 @@
+#define FASTLORA_ISA avx2
+#include "kernels.inl.h"

@@ -1,0 +1,2 @@
+#define FASTLORA_ISA avx512
+#include "kernels.inl.h"

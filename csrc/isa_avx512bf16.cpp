@@ -1,0 +1,2 @@
+#define FASTLORA_ISA avx512bf16
+#include "kernels.inl.h"

@@ -1,0 +1,2 @@
+#define FASTLORA_ISA baseline
+#include "kernels.inl.h"

@@ -1,0 +1,28 @@
+// What every instruction set provides, and the scratch memory they share. Internal: not part of the C ABI.
+#pragma once
+#include <stddef.h>
+
+#include "fastlora.h"
+
+namespace fastlora {
+
+// One entry per instruction set; the functions have the arguments of fastlora.h after validation.
+struct Kernels {
+  const char* name;
+  void (*lora_linear)(int32_t dtype, int64_t m, const void* x, int64_t ldx, const fastlora_weight& w,
+                      const float* bias, const fastlora_lora& lora, float* s, void* y, int threads);
+  void (*lora_linear_backward)(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
+                               const float* s, const fastlora_weight& w, const fastlora_lora& lora, void* dx,
+                               void* da, void* db, int threads);
+  void (*quantize_4bit)(int32_t dtype, int64_t n, const void* x, const float* thresholds, const uint8_t* order,
+                        int64_t blocksize, uint8_t* packed, float* absmax, int threads);
+  void (*dequantize_4bit)(int32_t dtype, const fastlora_weight& w, void* out, int threads);
+};
+
+// What a thread keeps between calls. Each slot is a buffer of its own.
+enum ScratchSlot { SCRATCH_PANEL, SCRATCH_ROWS, SCRATCH_PARTIAL, SCRATCH_LOW_RANK, SCRATCH_SHARED, SCRATCH_SLOTS };
+
+// At least `bytes` bytes aligned to 64, owned by the calling thread and reused by its later calls.
+void* scratch(ScratchSlot slot, size_t bytes);
+
+}  // namespace fastlora

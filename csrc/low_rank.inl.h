@@ -1,0 +1,105 @@
+// The products with a side of r: x A^T, dy B, dS^T x, dy^T S. Float sums whatever the inputs' type.
+#include "gemm.inl.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+// Scalar products of MR rows of x with JR rows of a; sums of DOT_RUN vectors are added to totals.
+constexpr int64_t DOT_RUN = (VW == 4 ? 8 : 32) * VW;
+template <int MR, int JR, class X, class L>
+inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, float* out, int64_t ldo) {
+  vf total[MR][JR];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < JR; ++j) total[i][j] = vzero();
+  for (int64_t run = 0; run < k; run += DOT_RUN) {
+    vf acc[MR][JR];
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < JR; ++j) acc[i][j] = vzero();
+    const int64_t stop = min64(run + DOT_RUN, k);
+    for (int64_t c = run; c < stop; c += VW) {
+      const bool whole = c + VW <= stop;
+      vf av[JR];
+      for (int j = 0; j < JR; ++j) av[j] = whole ? vload(a + j * k + c) : vload_part(a + j * k + c, stop - c);
+      for (int i = 0; i < MR; ++i) {
+        const vf xv = whole ? vload(x + i * ldx + c) : vload_part(x + i * ldx + c, stop - c);
+        for (int j = 0; j < JR; ++j) acc[i][j] = vfma(xv, av[j], acc[i][j]);
+      }
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < JR; ++j) total[i][j] = total[i][j] + acc[i][j];
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < JR; ++j) out[i * ldo + j] = scale * vsum(total[i][j]);
+}
+
+// out (m, r) = scale * x (m, k) a (r, k)^T
+template <class X, class L>
+inline void project(const X* x, int64_t ldx, int64_t m, const L* a, int64_t r, int64_t k, float scale, float* out,
+                    int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < m; i += 4)
+    for (int64_t j = 0; j < r; j += 4) {
+      if (i + 4 <= m && j + 4 <= r) {
+        dots<4, 4>(x + i * ldx, ldx, a + j * k, k, scale, out + i * r + j, r);
+      } else if (j + 4 <= r) {
+        for (int64_t p = i; p < min64(i + 4, m); ++p)
+          dots<1, 4>(x + p * ldx, ldx, a + j * k, k, scale, out + p * r + j, r);
+      } else {
+        for (int64_t p = i; p < min64(i + 4, m); ++p)
+          for (int64_t q = j; q < r; ++q) dots<1, 1>(x + p * ldx, ldx, a + q * k, k, scale, out + p * r + q, r);
+      }
+    }
+}
+
+// out (r, columns) += s (rows, r)^T x (rows, columns) for JR rows of out and two vectors of columns.
+template <int JR, class X>
+inline void outer(const float* s, int64_t lds, const X* x, int64_t ldx, int64_t rows, int64_t count, float* out,
+                  int64_t ldo) {
+  vf acc[JR][2];
+  for (int j = 0; j < JR; ++j) acc[j][0] = acc[j][1] = vzero();
+  const bool whole = count >= 2 * VW;
+  for (int64_t i = 0; i < rows; ++i) {
+    const X* line = x + i * ldx;
+    const vf x0 = whole ? vload(line) : vload_part(line, min64(count, VW));
+    const vf x1 = whole ? vload(line + VW) : (count > VW ? vload_part(line + VW, count - VW) : vzero());
+    for (int j = 0; j < JR; ++j) {
+      const vf sv = vset(s[i * lds + j]);
+      acc[j][0] = vfma(sv, x0, acc[j][0]);
+      acc[j][1] = vfma(sv, x1, acc[j][1]);
+    }
+  }
+  for (int j = 0; j < JR; ++j) {  // out has room for whole vectors
+    vstore(out + j * ldo, vload(out + j * ldo) + acc[j][0]);
+    vstore(out + j * ldo + VW, vload(out + j * ldo + VW) + acc[j][1]);
+  }
+}
+
+// out = scale * s (m, r)^T x (m, columns), stored (r, columns), or (columns, r) when `transposed`.
+template <class X, class L>
+inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, int64_t m, int64_t columns,
+                             float scale, bool transposed, L* out, int threads) {
+  constexpr int64_t WIDTH = 256, ROWS = 64;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t col = 0; col < columns; col += WIDTH) {
+    auto* sums = static_cast<float*>(scratch(SCRATCH_LOW_RANK, r * WIDTH * sizeof(float)));
+    memset(sums, 0, r * WIDTH * sizeof(float));
+    const int64_t cols = min64(WIDTH, columns - col);
+    for (int64_t row = 0; row < m; row += ROWS) {
+      const int64_t rows = min64(ROWS, m - row);
+      for (int64_t c = 0; c < cols; c += 2 * VW) {
+        const X* block = x + row * ldx + col + c;
+        const float* lines = s + row * r;
+        int64_t j = 0;
+        for (; j + 8 <= r; j += 8) outer<8>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
+        for (; j + 2 <= r; j += 2) outer<2>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
+        for (; j < r; ++j) outer<1>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
+      }
+    }
+    for (int64_t j = 0; j < r; ++j)
+      for (int64_t c = 0; c < cols; ++c)
+        store_scalar(out + (transposed ? (col + c) * r + j : j * columns + col + c), scale * sums[j * WIDTH + c]);
+  }
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora
