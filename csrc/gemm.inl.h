@@ -9,6 +9,8 @@ namespace FASTLORA_ISA {
 
 // ---- micro-kernels: tile (rows, GROUP) = A block * panel group, float sums ----
 
+constexpr int64_t PACKED = 0;  // in place of a leading dimension: A is as pack_rows left it
+
 // Sums of RUN products are added to the tile, which keeps rounding errors from growing with the depth.
 constexpr int64_t RUN = VW == 4 ? 16 : 32;  // shorter where there is no FMA
 template <int MR>
@@ -35,7 +37,7 @@ inline void micro_float(const float* a, int64_t depth, const float* b, float* ti
   }
 }
 
-inline void micro(const float* a, int64_t rows, int64_t depth, const float* b, float* tile) {
+inline void micro(const float* a, int64_t, int64_t rows, int64_t depth, const float* b, float* tile) {
   constexpr int GROUP = Shape<float>::GROUP;
   constexpr int MR = VW == 16 ? 12 : 6;
   int64_t i = 0;
@@ -45,29 +47,32 @@ inline void micro(const float* a, int64_t rows, int64_t depth, const float* b, f
 }
 
 #if defined(__AMX_BF16__)
-// C tiles 0..3, A tiles 4..5, B tiles 6..7: 32 x 32 outputs per step of 32 reductions.
-inline void micro(const bf16* a, int64_t rows, int64_t depth, const bf16* b, float* tile) {
+// C tiles 0..3, A tiles 4..5, B tiles 6..7: 32 x 32 outputs per step of 32 reductions. A: packed, or 32 rows where
+// they lie, `lda` elements apart.
+inline void micro(const bf16* a, int64_t lda, int64_t rows, int64_t depth, const bf16* b, float* tile) {
   const int64_t steps = round_up(depth, 32) / 32, next = steps * 512;
+  const bool packed = lda == PACKED;
+  const int64_t line = packed ? 64 : 2 * lda, step = packed ? 512 : 32, lower = packed ? next : 16 * lda;
   _tile_zero(0);
   _tile_zero(1);
   if (rows > 16) {
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t t = 0; t < next; t += 512) {
-      _tile_loadd(4, a + t, 64);
+    for (int64_t t = 0; t < next; t += 512, a += step) {
+      _tile_loadd(4, a, line);
       _tile_loadd(6, b + t, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b + next + t, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + next + t, 64);
+      _tile_loadd(5, a + lower, line);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(2, tile + 16 * 32, 128);
     _tile_stored(3, tile + 16 * 32 + 16, 128);
   } else {
-    for (int64_t t = 0; t < next; t += 512) {
-      _tile_loadd(4, a + t, 64);
+    for (int64_t t = 0; t < next; t += 512, a += step) {
+      _tile_loadd(4, a, line);
       _tile_loadd(6, b + t, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b + next + t, 64);
@@ -118,7 +123,7 @@ inline void micro_bf16(const bf16* a, int64_t steps, const bf16* b, float* tile)
     vstore(tile + i * 32 + 16, acc[i][1]);
   }
 }
-inline void micro(const bf16* a, int64_t rows, int64_t depth, const bf16* b, float* tile) {
+inline void micro(const bf16* a, int64_t, int64_t rows, int64_t depth, const bf16* b, float* tile) {
   const int64_t steps = round_up(depth, 32) / 32;
   for (int64_t block = 0; block < rows; block += 16, a += steps * 512, tile += 16 * 32) {
     const int64_t here = min64(16, rows - block);
@@ -129,6 +134,17 @@ inline void micro(const bf16* a, int64_t rows, int64_t depth, const bf16* b, flo
 }
 #endif
 #endif
+
+// Whether rows of A can be multiplied where they lie: the matrix unit reads whole tiles at any distance.
+template <class Compute>
+inline bool in_place(int64_t rows, int64_t depth) {
+#if defined(__AMX_BF16__)
+  return sizeof(Compute) == 2 && rows == 32 && depth % 32 == 0;
+#else
+  (void)rows, (void)depth;
+  return false;
+#endif
+}
 
 // ---- epilogue ----
 
@@ -269,9 +285,12 @@ inline void one_panel(const Gemm<T>& g, int64_t col, int64_t cols) {
     const int64_t stride = sizeof(Compute) == 2 ? round_up(depth, 32) : depth;
     for (int64_t row = 0; row < g.m; row += S::ROWS) {
       const int64_t count = min64(S::ROWS, g.m - row);
-      pack_rows(g.a + row * g.lda + red, g.lda, count, depth, rows);
+      const T* a = g.a + row * g.lda + red;
+      const bool direct = in_place<Compute>(count, depth);
+      if (!direct) pack_rows(a, g.lda, count, depth, rows);
       for (int64_t c = 0; c < cols; c += GROUP) {
-        micro(rows, count, depth, panel + c * stride, tile);
+        micro(direct ? reinterpret_cast<const Compute*>(a) : rows, direct ? g.lda : PACKED, count, depth,
+              panel + c * stride, tile);
         finish<T, GROUP>(tile, count, min64(GROUP, cols - c), e, step, row, c, g.out + col, columns);
       }
     }

@@ -7,10 +7,15 @@ namespace FASTLORA_ISA {
 template <class T>
 void forward(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const float* bias,
              const fastlora_lora& lora, float* s, T* y, int threads) {
-  if (lora.r && lora.dtype == FASTLORA_F32)
-    project(x, ldx, m, static_cast<const float*>(lora.a), lora.r, w.k, 1.0f, s, threads);
-  else if (lora.r)
-    project(x, ldx, m, static_cast<const bf16*>(lora.a), lora.r, w.k, 1.0f, s, threads);
+  if (lora.r) {
+    const float* a = static_cast<const float*>(lora.a);
+    if (lora.dtype != FASTLORA_F32) {
+      auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * w.k * sizeof(float)));
+      widen(static_cast<const bf16*>(lora.a), lora.r, w.k, false, wide, threads);
+      a = wide;
+    }
+    project(x, ldx, m, a, lora.r, w.k, 1.0f, s, threads);
+  }
   if (few_tokens<T>(w, m))
     gemv(Gemv<T>{x, ldx, m, w, bias, lora, s, y, threads});
   else
@@ -25,9 +30,7 @@ void backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, con
   if (r && (dx || da)) {
     auto* shared = static_cast<float*>(scratch(SCRATCH_SHARED, (w.n + m) * r * sizeof(float)));
     ds = shared + w.n * r;
-    const L* b = static_cast<const L*>(lora.b);
-    for (int64_t n = 0; n < w.n; ++n)
-      for (int64_t j = 0; j < r; ++j) shared[j * w.n + n] = to_float(b[n * r + j]);
+    widen(static_cast<const L*>(lora.b), w.n, r, true, shared, threads);
     project(dy, lddy, m, shared, r, w.n, lora.scaling, ds, threads);
   }
   if (dx) panel_gemm(Gemm<T>{dy, lddy, m, w, true, lora, ds, nullptr, dx, threads});

@@ -6,8 +6,8 @@ namespace FASTLORA_ISA {
 
 // Scalar products of MR rows of x with JR rows of a; sums of DOT_RUN vectors are added to totals.
 constexpr int64_t DOT_RUN = (VW == 4 ? 8 : 32) * VW;
-template <int MR, int JR, class X, class L>
-inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, float* out, int64_t ldo) {
+template <int MR, int JR, class X>
+inline void dots(const X* x, int64_t ldx, const float* a, int64_t k, float scale, float* out, int64_t ldo) {
   vf total[MR][JR];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < JR; ++j) total[i][j] = vzero();
@@ -33,44 +33,50 @@ inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, fl
 }
 
 // out (m, r) = scale * x (m, k) a (r, k)^T
-template <class X, class L>
-inline void project(const X* x, int64_t ldx, int64_t m, const L* a, int64_t r, int64_t k, float scale, float* out,
+template <class X>
+inline void project(const X* x, int64_t ldx, int64_t m, const float* a, int64_t r, int64_t k, float scale, float* out,
                     int threads) {
+  constexpr int MR = VW == 16 ? 3 : 1, JR = 8;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < m; i += 4)
-    for (int64_t j = 0; j < r; j += 4) {
-      if (i + 4 <= m && j + 4 <= r) {
-        dots<4, 4>(x + i * ldx, ldx, a + j * k, k, scale, out + i * r + j, r);
-      } else if (j + 4 <= r) {
-        for (int64_t p = i; p < min64(i + 4, m); ++p)
-          dots<1, 4>(x + p * ldx, ldx, a + j * k, k, scale, out + p * r + j, r);
-      } else {
-        for (int64_t p = i; p < min64(i + 4, m); ++p)
-          for (int64_t q = j; q < r; ++q) dots<1, 1>(x + p * ldx, ldx, a + q * k, k, scale, out + p * r + q, r);
+  for (int64_t i = 0; i < m; i += MR)
+    for (int64_t j = 0; j < r; j += JR) {
+      const bool wide = j + JR <= r;
+      if (wide && i + MR <= m) {
+        dots<MR, JR>(x + i * ldx, ldx, a + j * k, k, scale, out + i * r + j, r);
+        continue;
       }
+      for (int64_t p = i; p < min64(i + MR, m); ++p)
+        if (wide)
+          dots<1, JR>(x + p * ldx, ldx, a + j * k, k, scale, out + p * r + j, r);
+        else
+          for (int64_t q = j; q < r; ++q) dots<1, 1>(x + p * ldx, ldx, a + q * k, k, scale, out + p * r + q, r);
     }
 }
 
+// An adapter matrix (rows, cols) to float, or its transpose (cols, rows).
+template <class L>
+inline void widen(const L* matrix, int64_t rows, int64_t cols, bool transposed, float* out, int threads) {
+#pragma omp parallel for num_threads(rows * cols < 1 << 14 ? 1 : threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) out[transposed ? j * rows + i : i * cols + j] = to_float(matrix[i * cols + j]);
+}
+
 // out (r, columns) += s (rows, r)^T x (rows, columns) for JR rows of out and two vectors of columns.
-template <int JR, class X>
-inline void outer(const float* s, int64_t lds, const X* x, int64_t ldx, int64_t rows, int64_t count, float* out,
-                  int64_t ldo) {
+template <int JR>
+inline void outer(const float* s, int64_t lds, const float* x, int64_t rows, float* out, int64_t ld) {
   vf acc[JR][2];
   for (int j = 0; j < JR; ++j) acc[j][0] = acc[j][1] = vzero();
-  const bool whole = count >= 2 * VW;
   for (int64_t i = 0; i < rows; ++i) {
-    const X* line = x + i * ldx;
-    const vf x0 = whole ? vload(line) : vload_part(line, min64(count, VW));
-    const vf x1 = whole ? vload(line + VW) : (count > VW ? vload_part(line + VW, count - VW) : vzero());
+    const vf x0 = vload(x + i * ld), x1 = vload(x + i * ld + VW);
     for (int j = 0; j < JR; ++j) {
       const vf sv = vset(s[i * lds + j]);
       acc[j][0] = vfma(sv, x0, acc[j][0]);
       acc[j][1] = vfma(sv, x1, acc[j][1]);
     }
   }
-  for (int j = 0; j < JR; ++j) {  // out has room for whole vectors
-    vstore(out + j * ldo, vload(out + j * ldo) + acc[j][0]);
-    vstore(out + j * ldo + VW, vload(out + j * ldo + VW) + acc[j][1]);
+  for (int j = 0; j < JR; ++j) {
+    vstore(out + j * ld, vload(out + j * ld) + acc[j][0]);
+    vstore(out + j * ld + VW, vload(out + j * ld + VW) + acc[j][1]);
   }
 }
 
@@ -78,26 +84,26 @@ inline void outer(const float* s, int64_t lds, const X* x, int64_t ldx, int64_t 
 template <class X, class L>
 inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, int64_t m, int64_t columns,
                              float scale, bool transposed, L* out, int threads) {
-  constexpr int64_t WIDTH = 256, ROWS = 64;
+  constexpr int64_t WIDTH = 256, ROWS = 32, LD = WIDTH + 16;  // 17 cache lines apart: no two rows share a set
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t col = 0; col < columns; col += WIDTH) {
-    auto* sums = static_cast<float*>(scratch(SCRATCH_LOW_RANK, r * WIDTH * sizeof(float)));
-    memset(sums, 0, r * WIDTH * sizeof(float));
+    auto* sums = static_cast<float*>(scratch(SCRATCH_LOW_RANK, (r + ROWS) * LD * sizeof(float)));
+    float* block = sums + r * LD;
+    memset(sums, 0, (r + ROWS) * LD * sizeof(float));
     const int64_t cols = min64(WIDTH, columns - col);
     for (int64_t row = 0; row < m; row += ROWS) {
       const int64_t rows = min64(ROWS, m - row);
+      for (int64_t i = 0; i < rows; ++i) pack_rows(x + (row + i) * ldx + col, ldx, 1, cols, block + i * LD);
       for (int64_t c = 0; c < cols; c += 2 * VW) {
-        const X* block = x + row * ldx + col + c;
         const float* lines = s + row * r;
         int64_t j = 0;
-        for (; j + 8 <= r; j += 8) outer<8>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
-        for (; j + 2 <= r; j += 2) outer<2>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
-        for (; j < r; ++j) outer<1>(lines + j, r, block, ldx, rows, cols - c, sums + j * WIDTH + c, WIDTH);
+        for (; j + 8 <= r; j += 8) outer<8>(lines + j, r, block + c, rows, sums + j * LD + c, LD);
+        for (; j < r; ++j) outer<1>(lines + j, r, block + c, rows, sums + j * LD + c, LD);
       }
     }
-    for (int64_t j = 0; j < r; ++j)
-      for (int64_t c = 0; c < cols; ++c)
-        store_scalar(out + (transposed ? (col + c) * r + j : j * columns + col + c), scale * sums[j * WIDTH + c]);
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t j = 0; j < r; ++j)
+        store_scalar(out + (transposed ? (col + c) * r + j : j * columns + col + c), scale * sums[j * LD + c]);
   }
 }
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each module runs in one command, ``python -m bench.NAME``."""

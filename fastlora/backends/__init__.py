@@ -1,0 +1,1 @@
+"""One module per backend; `fastlora.dispatch` finds them by listing this folder."""

@@ -1,0 +1,89 @@
+"""Triton kernels: NVIDIA and AMD GPUs, and Triton's interpreter on CPU tensors for tests.
+
+Importing this module does not import triton; the first problem that is asked about does.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastlora_kernels.formats import StoredWeight
+
+    from fastlora.dispatch import Problem
+
+PRIORITY = 10
+AUTO_DEVICES = ("cuda",)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(problem: Problem) -> str | None:
+    """Return why Triton does not run `problem`, or None when it does."""
+    if not _installed():
+        return "the package triton is not installed; pip install triton"
+    if problem.device == "cpu" and not _interpreted():
+        return "runs on GPUs; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if problem.device == "cuda" and _interpreted():
+        return "TRITON_INTERPRET=1 is set, which is for CPU tensors; unset it to run on the GPU"
+    if problem.device not in ("cpu", "cuda"):
+        return f"runs on cuda tensors, got {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if problem.m >= 2**31 or problem.n >= 2**31 or problem.k >= 2**31:
+        return "takes dimensions below 2**31"
+    return None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = x W^T + bias + scaling (x A^T) B^T`` (M, N) and ``s = x A^T`` (M, r)."""
+    from fastlora_kernels import lora_linear as kernels
+
+    return kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients dx (M, K), dA (r, K), dB (N, r); those not needed have no elements."""
+    from fastlora_kernels import lora_linear as kernels
+
+    return kernels.lora_linear_backward(
+        dy, x, s, weight, lora_A, lora_B, scaling, need_dx, need_dlora
+    )
+
+
+def dequantize(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Return the dense (n, k) matrix of a stored weight."""
+    from fastlora_kernels.dequantize import dequantize as launch
+
+    return launch(weight, n, k, dtype)

@@ -1,0 +1,236 @@
+"""Adapter files: PEFT's `adapter_config.json` and `adapter_model.safetensors`, key for key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import adapter_files
+from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec
+from fastlora.config import from_fields
+from fastlora.patch import Record, apply_plan, check_arguments, find_record, the_record
+from fastlora.plan import Plan, make_plan
+from fastlora.quant import QuantConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write the adapter as PEFT writes it, so that PEFT loads it.
+
+    The files appear together or not at all: they are written beside the directory, flushed to the
+    disk and renamed. With `overwrite`, each file of an existing directory is replaced in one step
+    and other files are left alone.
+
+    Args:
+        model: a model that `patch_model` gave an adapter.
+        directory: where to; its parents are made.
+        overwrite: allow a directory that is not empty.
+
+    Raises:
+        ValueError: the model has no adapter.
+        FileExistsError: the directory is not empty and `overwrite` is False.
+        OSError: the files can't be written.
+    """
+    record = the_record(model)
+    if record.config is None:
+        raise ValueError("the model must have an adapter to save, but it is only quantised")
+    tensors = {
+        key: tensor.detach().cpu().contiguous().clone()
+        for key, tensor in _live_tensors(model, record.plan).items()
+    }
+    text = json.dumps(_fields(model, record, record.config), indent=2, sort_keys=True) + "\n"
+    files = {WEIGHTS: adapter_files.encode(tensors), CONFIG: text.encode()}
+    adapter_files.write_directory(Path(directory), files, overwrite)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    quantize: str | QuantConfig | None = None,
+    backend: str = "auto",
+) -> nn.Module:
+    """Return the same model with the adapter of PEFT's files, checked strictly.
+
+    A model that is not patched is patched by the file's config; a patched one must have been
+    patched alike. After an error the model is as it was.
+
+    Args:
+        model: the base model, or one that is patched.
+        directory: an adapter directory, from `save_adapter` or PEFT's `save_pretrained`.
+        quantize: as for `patch_model`, when the model is not patched yet.
+        backend: as for `patch_model`, when the model is not patched yet.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the config has a bad value; tensors are missing, unexpected,
+            misshapen or not finite; or the model is patched in another way.
+        TypeError: an argument or a config field is of the wrong kind.
+        NotImplementedError: a method or feature of PEFT that fastlora does not have.
+    """
+    path = Path(directory)
+    config = _read_config(path / CONFIG)
+    tensors = adapter_files.read_tensors(path / WEIGHTS)
+    record = find_record(model) if isinstance(model, nn.Module) else None
+    if record is None:
+        _, quant = check_arguments(model, config, quantize, backend, 0)
+        plan = make_plan(model, config, quant, backend)
+    else:
+        if quantize is not None:
+            raise ValueError(
+                "quantize must be None for a model that is patched already, got"
+                f" {quantize!r}; leave it out"
+            )
+        quant, backend = record.quant, record.backend
+        plan = make_plan(model, config, None, backend)
+        _check_alike(record, plan)
+    _check_tensors(_expected(model, plan), tensors)
+    if record is None:
+        record = apply_plan(model, plan, config, quant, backend, 0)
+    with torch.no_grad():
+        for key, live in _live_tensors(model, record.plan).items():
+            live.copy_(tensors[key])
+    return model
+
+
+def _fields(model: nn.Module, record: Record, config: AdapterConfig) -> dict[str, Any]:
+    """Return the smallest config that describes the adapter to PEFT."""
+    alpha = config.alpha_field
+    always = {"r": config.r, alpha: getattr(config, alpha), "task_type": config.task_type}
+    fields = {**always, **config.changed_fields()}
+    if config.all_linear:
+        fields["target_modules"] = _target_names(model, record.plan, config)
+    base = getattr(model, "name_or_path", None) or None
+    return {
+        **fields,
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+
+
+def _target_names(model: nn.Module, plan: Plan, config: AdapterConfig) -> list[str]:
+    """Return suffixes that select exactly the adapted modules, or else their full names."""
+    short = sorted({name.rpartition(".")[2] for name in plan.specs})
+    names = [name for name, _ in model.named_modules() if name and not config.excludes(name)]
+    chosen = {name for name in names if name.rpartition(".")[2] in short}
+    return short if chosen == set(plan.specs) else sorted(plan.specs)
+
+
+def _adapter_keys(name: str, spec: AdapterSpec) -> dict[str, str]:
+    """Return parameter name -> key in the file, for the module `name`."""
+    keys = METHODS[spec.method].file_keys
+    return {parameter: f"{PREFIX}{name}.{end}" for parameter, end in keys.items()}
+
+
+def _bias_key(name: str, plan: Plan) -> str:
+    module, _, last = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{last}" if module in plan.specs else PREFIX + name
+
+
+def _live_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return key -> tensor of everything that an adapter file of a patched model holds."""
+    tensors: dict[str, Tensor] = {}
+    for name, spec in plan.specs.items():
+        if spec is not None:
+            module = model.get_submodule(name)
+            for parameter, key in _adapter_keys(name, spec).items():
+                tensors[key] = getattr(module, parameter)
+    return {**tensors, **_whole_tensors(model, plan)}
+
+
+def _whole_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return key -> tensor of the modules and biases that are trained as they are."""
+    tensors: dict[str, Tensor] = {}
+    for name in plan.saved:
+        state = model.get_submodule(name).state_dict(keep_vars=True)
+        tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
+    for name in plan.bias:
+        tensors[_bias_key(name, plan)] = model.get_parameter(name)
+    return tensors
+
+
+def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return key -> shape of everything that the file must hold for this plan."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, spec in plan.specs.items():
+        module: Any = model.get_submodule(name)
+        if spec is not None:
+            wanted = METHODS[spec.method].shapes(spec, module.out_features, module.in_features)
+            keys = _adapter_keys(name, spec)
+            shapes.update({keys[parameter]: shape for parameter, shape in wanted.items()})
+    whole = _whole_tensors(model, plan).items()
+    return {**shapes, **{key: tuple(tensor.shape) for key, tensor in whole}}
+
+
+def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
+    """Raise unless the file holds exactly the expected tensors, finite and of these shapes."""
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(set(tensors) - set(expected))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wrong = [
+        f"{key} has shape {shapes[key]}, the model needs {expected[key]}"
+        for key in sorted(set(expected) & set(tensors))
+        if shapes[key] != expected[key]
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+    faults = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in found if keys]
+    if faults:
+        raise ValueError(
+            f"the adapter file must hold the tensors that this base model needs, got"
+            f" {'; '.join(faults)}; load it on the model that it was trained on"
+        )
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"the adapter file must hold finite floating values, but {key} does not; train it"
+                " again or take an earlier checkpoint"
+            )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    fields = adapter_files.read_json(path)
+    config = from_fields(fields)
+    if fields.get("target_modules") is None:
+        raise ValueError(f"target_modules must be set in {path}, got none; add the module names")
+    return config
+
+
+def _check_alike(record: Record, plan: Plan) -> None:
+    """Raise unless a patched model has the adapter that a file's config describes."""
+    live = record.plan
+    for what, ours, theirs in (
+        ("adapted modules", sorted(live.specs), sorted(plan.specs)),
+        ("modules_to_save", sorted(live.saved), sorted(plan.saved)),
+        ("trained biases", sorted(live.bias), sorted(plan.bias)),
+    ):
+        if ours != theirs:
+            differ = sorted(set(ours) ^ set(theirs))
+            raise ValueError(
+                f"the model must be patched as the adapter file says, but their {what} differ in"
+                f" {_some(differ)}; load the file on a model that is not patched"
+            )
+    for name, spec in plan.specs.items():
+        mine = live.specs[name]
+        if mine is None or spec is None:
+            raise ValueError(
+                "the model must have an adapter or not be patched at all, but it is only quantised;"
+                " load the file on the first model, with quantize="
+            )
+        if (mine.method, mine.r, mine.scaling) != (spec.method, spec.r, spec.scaling):
+            raise ValueError(
+                f"the model must be patched as the adapter file says, but {name} has r={mine.r} and"
+                f" scaling={mine.scaling:g} and the file r={spec.r} and scaling={spec.scaling:g};"
+                " load the file on a model that is not patched"
+            )

@@ -1,0 +1,239 @@
+"""The modules that `patch_model` swaps in, by setting the `__class__` of an nn.Linear.
+
+An `AdapterLinear` has a dense weight and an adapter. A `QuantizedLinear` has a 4-bit weight and,
+possibly, an adapter. Both keep the names `weight` and `bias`; the adapter's parameters lie beside
+them. All state is plain tensors and plain Python, so copies, pickles and `.to()` work as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from fastlora_kernels.formats import StoredWeight
+from torch import Tensor, nn
+
+from fastlora import ops
+from fastlora.adapters import METHODS, AdapterSpec
+from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What a 4-bit weight is beside its tensors; see `fastlora.QuantizedWeight`."""
+
+    quant_type: str
+    blocksize: int
+    dtype: torch.dtype
+    nested_offset: float
+
+
+class AdapterLinear(nn.Linear):
+    """An nn.Linear with a frozen dense weight (N, K) and an adapter.
+
+    Attributes:
+        adapter: what the adapter is; None: no adapter.
+        backend: "auto", or the name of the backend that runs it.
+    """
+
+    adapter: AdapterSpec | None
+    backend: str
+
+    def stored_weight(self) -> StoredWeight:
+        """Return the weight as kernels read it, sharing memory."""
+        return StoredWeight(self.weight, None, None, 0.0, "dense", 0)
+
+    def adapter_params(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's parameters by name; none without an adapter."""
+        if self.adapter is None:
+            return {}
+        own: Any = self._parameters  # several times faster than attributes, per call
+        return {name: own[name] for name in METHODS[self.adapter.method].file_keys}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + bias`` with the adapter's update; x is (..., K)."""
+        weight, spec = self.stored_weight(), self.adapter
+        if spec is None:
+            return ops.linear(x, weight, self.bias, None, None, 0.0, self.backend)
+        return METHODS[spec.method].forward(
+            x, weight, self.bias, self.adapter_params(), spec, self.training, self.backend
+        )
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the base weight (N, K), without the adapter."""
+        return self.weight.detach().to(dtype or self.weight.dtype)
+
+    def original_dtype(self) -> torch.dtype:
+        """Return the dtype of the weight that the layer was made from."""
+        return self.weight.dtype
+
+    def merged_weight(self) -> Tensor:
+        """Return ``W + update`` (N, K), added in float32 and rounded once to the first dtype."""
+        dtype = self.original_dtype()
+        if self.adapter is None:
+            return self.dense_weight(dtype)
+        with torch.no_grad():
+            delta = METHODS[self.adapter.method].delta(self.adapter_params(), self.adapter)
+            return (self.dense_weight(torch.promote_types(dtype, torch.float32)) + delta).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Return the shape, the adapter and the backend."""
+        spec = self.adapter
+        method = "none" if spec is None else f"{spec.method}(r={spec.r}, scaling={spec.scaling:g})"
+        return f"{super().extra_repr()}, adapter={method}, backend={self.backend}"
+
+
+class QuantizedLinear(AdapterLinear):
+    """A linear with a 4-bit weight and, possibly, an adapter.
+
+    `weight` is the packed bytes, a frozen uint8 parameter. The magnitudes are kept as raw bytes,
+    uint8 buffers too, so that no change of the model's dtype alters them. The state dict holds
+    the tensors that bitsandbytes writes: `weight`, `weight.absmax`, `weight.quant_map` and so on.
+    """
+
+    quant: QuantState
+    weight_absmax: Tensor
+    weight_nested_absmax: Tensor | None
+
+    def stored_weight(self) -> StoredWeight:
+        """Return the weight as kernels read it, sharing memory."""
+        own: Any = self._buffers  # several times faster than attributes, per call
+        absmax, nested, quant = own["weight_absmax"], own["weight_nested_absmax"], self.quant
+        if nested is None:
+            absmax = absmax.view(torch.float32)
+        else:
+            nested = nested.view(torch.float32)
+        kind = (quant.nested_offset, quant.quant_type, quant.blocksize)
+        return StoredWeight(cast(Tensor, self._parameters["weight"]), absmax, nested, *kind)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Return the 4-bit weight, sharing memory."""
+        stored, quant = self.stored_weight(), self.quant
+        shape = (self.out_features, self.in_features)
+        kind = (quant.dtype, quant.quant_type, quant.blocksize)
+        packed = self.weight.detach().view(-1, 1)
+        return QuantizedWeight(
+            packed, _given(stored.absmax), shape, *kind, stored.nested_absmax, quant.nested_offset
+        )
+
+    def set_quantized(self, weight: QuantizedWeight) -> None:
+        """Take the tensors of `weight`, sharing memory; a packed weight of this size is kept."""
+        data = weight.stored().data
+        if self.weight.dtype == torch.uint8 and self.weight.shape == data.shape:
+            with torch.no_grad():
+                self.weight.copy_(data)
+        else:
+            self.weight = nn.Parameter(data, requires_grad=False)
+        device, nested = self.weight.device, weight.nested_absmax
+        self.register_buffer("weight_absmax", _bytes(weight.absmax, device), persistent=False)
+        buffer = None if nested is None else _bytes(nested, device)
+        self.register_buffer("weight_nested_absmax", buffer, persistent=False)
+        self.quant = QuantState(
+            weight.quant_type, weight.blocksize, weight.dtype, weight.nested_offset
+        )
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the decoded base weight (N, K), without the adapter."""
+        return self.quantized_weight().dequantize(dtype)
+
+    def original_dtype(self) -> torch.dtype:
+        """Return the dtype of the weight that was quantised."""
+        return self.quant.dtype
+
+    def extra_repr(self) -> str:
+        """Return the shape, the format, the adapter and the backend."""
+        double = self.weight_nested_absmax is not None
+        kind = f"{self.quant.quant_type}, blocksize={self.quant.blocksize}, double_quant={double}"
+        return f"{super().extra_repr()}, {kind}"
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self.quantized_weight().state_dict(f"{prefix}weight"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load strictly: the 4-bit tensors are taken together or not at all."""
+        key = f"{prefix}weight"
+        own = {k: v for k, v in state_dict.items() if k == key or k.startswith(f"{key}.")}
+        rest = {k: v for k, v in state_dict.items() if k not in own}
+        rest[key] = self.weight.detach()
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not own:
+            if strict:
+                missing_keys.append(key)
+            return
+        shape = (self.out_features, self.in_features)
+        try:
+            weight = QuantizedWeight.from_state_dict(own, key)
+            if weight.shape != shape:
+                raise ValueError(f"{key!r} must have shape {shape}, got {weight.shape}")
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        self.set_quantized(weight)
+
+
+def _bytes(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device).contiguous().view(torch.uint8)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("a 4-bit weight must have its absmax, got None")
+    return tensor
+
+
+def to_adapter_linear(
+    linear: nn.Linear,
+    spec: AdapterSpec | None,
+    params: Mapping[str, Tensor],
+    quant: QuantConfig | None,
+    backend: str,
+) -> None:
+    """Turn an nn.Linear into one of these modules, in place.
+
+    Args:
+        linear: exactly an nn.Linear, checked by the caller.
+        spec: its adapter, or None.
+        params: the adapter's first values by name; they get the weight's device.
+        quant: how to store the weight in 4 bits; None keeps it dense.
+        backend: "auto" or the name of a backend.
+    """
+    dense = linear.weight.detach()
+    wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
+    linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
+    module: Any = linear
+    module.adapter, module.backend = spec, backend
+    module.weight.requires_grad_(False)
+    if quant is not None:
+        module.set_quantized(
+            quantize_4bit(dense, quant.quant_type, quant.blocksize, quant.double_quant)
+        )
+    for name, value in params.items():
+        module.register_parameter(name, nn.Parameter(value.to(dense.device, wide)))
+
+
+def to_linear(module: AdapterLinear, weight: Tensor) -> None:
+    """Turn a swapped module back into a plain nn.Linear with this dense weight, in place."""
+    for name in module.adapter_params():
+        delattr(module, name)
+    if isinstance(module, QuantizedLinear):
+        del module.weight_absmax, module.weight_nested_absmax, module.quant
+    del module.adapter, module.backend
+    if module.weight is not weight:
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,0 +1,256 @@
+"""Patch a model in place: 4-bit weights, adapters, frozen base; and undo or merge it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters import AdapterConfig, method_of
+from fastlora.config import as_config
+from fastlora.dispatch import check_backend
+from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
+from fastlora.plan import Plan, make_plan
+from fastlora.quant import QuantConfig
+
+RECORD = "_fastlora"
+
+
+@dataclass
+class Record:
+    """What a patch did, kept on the model as `model._fastlora`.
+
+    Attributes:
+        plan: what was done to each module.
+        config: the adapter's config, or None.
+        quant: how weights were quantised, or None.
+        backend: "auto" or the name of a backend.
+        nbytes: bytes of the model's tensors before.
+        trained: names of the parameters that required a gradient before.
+        originals: modules that trainable copies replaced, by name.
+        biases: the first values of biases that are trained, by name.
+        attributes: (module name, attribute, first value) of attributes that were changed.
+    """
+
+    plan: Plan
+    config: AdapterConfig | None
+    quant: QuantConfig | None
+    backend: str
+    nbytes: int
+    trained: frozenset[str]
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+
+
+def patch_model(
+    model: nn.Module,
+    config: object | None = None,
+    *,
+    quantize: str | QuantConfig | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """Return the same model with adapters and 4-bit weights in place of its linears.
+
+    With a config its targets get adapters (and 4-bit weights, when `quantize` is given), and all
+    other parameters are frozen. Without one, `quantize` stores every nn.Linear in 4 bits but the
+    output head (`model.get_output_embeddings()`, where the model has that; a plain model has no
+    known head), and nothing else is frozen. Weights that two modules share are left alone unless
+    `target_modules` names them, and are never quantised. Everything is checked first: after an
+    error the model is as it was.
+
+    Args:
+        model: any nn.Module that contains nn.Linear modules.
+        config: `LoraConfig`, or PEFT's config object.
+        quantize: None, "nf4", "fp4" or a `QuantConfig`.
+        backend: "auto", or the name of one backend for every layer.
+        seed: of the adapter's first values, which do not depend on the global generator.
+
+    Raises:
+        TypeError: an argument or a target module is of the wrong kind.
+        ValueError: the model is patched already, a target matches nothing or does not fit, or a
+            weight is not finite.
+        NotImplementedError: no backend takes a layer; the message gives each one's reason.
+        ImportError: the native CPU library is missing.
+    """
+    config, quant = check_arguments(model, config, quantize, backend, seed)
+    if find_record(model) is not None:
+        raise ValueError(
+            "patch_model takes a model that is not patched yet, but this one is; call unpatch or"
+            " merge first"
+        )
+    plan = make_plan(model, config, quant, backend)
+    apply_plan(model, plan, config, quant, backend, seed)
+    return model
+
+
+def check_arguments(
+    model: object, config: object | None, quantize: object, backend: str, seed: int
+) -> tuple[AdapterConfig | None, QuantConfig | None]:
+    """Return the config as ours and `quantize` as a QuantConfig, after checking the arguments."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass a model")
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            "model must contain its linears, got a bare nn.Linear; wrap it in nn.Sequential"
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}; pass a whole number")
+    check_backend(backend)
+    if quantize is not None and not isinstance(quantize, (str, QuantConfig)):
+        raise TypeError(
+            f"quantize must be None, a format name or a QuantConfig, got {quantize!r}; pass one"
+        )
+    quant = QuantConfig(quantize) if isinstance(quantize, str) else quantize
+    if config is None and quant is None:
+        raise ValueError("patch_model needs a config or quantize, got neither; pass one of them")
+    return None if config is None else as_config(config), quant
+
+
+def find_record(model: nn.Module) -> Record | None:
+    """Return what a patch did to the model, or None; also if only a part of it is patched."""
+    record = getattr(model, RECORD, None)
+    if isinstance(record, Record):
+        return record
+    for name, part in model.named_modules():
+        if isinstance(part, AdapterLinear) or hasattr(part, RECORD):
+            raise ValueError(
+                f"the model must be the one that was patched, but only its part {name!r} is"
+                " patched; pass that part, or unpatch it first"
+            )
+    return None
+
+
+def the_record(model: nn.Module) -> Record:
+    """Return what a patch did to the model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = find_record(model) if isinstance(model, nn.Module) else None
+    if record is None:
+        raise ValueError("the model must be patched, but it is not; call patch_model first")
+    return record
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    config: AdapterConfig | None,
+    quant: QuantConfig | None,
+    backend: str,
+    seed: int,
+) -> Record:
+    """Carry out a plan that `make_plan` has checked, and remember it on the model."""
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    record = Record(plan, config, quant, backend, tensor_bytes(model), trained)
+    generator = torch.Generator().manual_seed(seed)
+    if config is not None:
+        model.requires_grad_(False)
+    for name, spec in plan.specs.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        shape = (linear.out_features, linear.in_features)
+        params = {}
+        if config is not None and spec is not None:
+            params = method_of(config).init(config, spec, *shape, generator)
+        to_adapter_linear(linear, spec, params, plan.quant.get(name), backend)
+    for name in plan.saved:
+        original = model.get_submodule(name)
+        record.originals[name] = original
+        _replace(model, name, copy.deepcopy(original).requires_grad_(True))
+    for name in plan.bias:
+        bias = model.get_parameter(name)
+        record.biases[name] = bias.detach().clone()
+        bias.requires_grad_(True)
+    _leave_fast_paths(model, record)
+    setattr(model, RECORD, record)
+    return record
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _leave_fast_paths(model: nn.Module, record: Record) -> None:
+    """Make nn.TransformerEncoder call its linears; its inference path reads their weights."""
+    for name, module in model.named_modules():
+        for kind, attribute, value in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
+            inner = any(isinstance(part, AdapterLinear) for part in module.modules())
+            if isinstance(module, kind) and inner:
+                record.attributes.append((name, attribute, getattr(module, attribute)))
+                setattr(module, attribute, value)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, each counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """Return the same model as it was before the patch, without the adapter.
+
+    Args:
+        model: a patched model.
+        dequantize: layers that were stored in 4 bits become dense again, with the decoded values;
+            the first ones are gone.
+
+    Raises:
+        ValueError: the model is not patched, or has 4-bit layers and `dequantize` is False.
+    """
+    record = the_record(model)
+    if record.plan.quant and not dequantize:
+        raise ValueError(
+            f"unpatch can't bring back {len(record.plan.quant)} dense weights that were replaced by"
+            " 4-bit ones; pass dequantize=True to get their decoded values, or reload the model"
+        )
+    for name in record.plan.specs:
+        module = model.get_submodule(name)
+        if isinstance(module, AdapterLinear):
+            is_dense = not isinstance(module, QuantizedLinear)
+            to_linear(module, module.weight if is_dense else module.dense_weight())
+    for name, original in record.originals.items():
+        reference = next(model.get_submodule(name).parameters(), None)
+        _replace(model, name, original if reference is None else original.to(reference.device))
+    for name, value in record.biases.items():
+        with torch.no_grad():
+            model.get_parameter(name).copy_(value)
+    _finish(model, record)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Return the same model with plain nn.Linear modules that have the update folded in.
+
+    Each weight is ``W + update``, with W decoded where it was 4-bit, added in float32 and rounded
+    once to the dtype that the layer had at first. Modules trained whole and biases keep their
+    trained values.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = the_record(model)
+    for name in record.plan.specs:
+        module = model.get_submodule(name)
+        if isinstance(module, AdapterLinear):
+            to_linear(module, module.merged_weight())
+    _finish(model, record)
+    return model
+
+
+def _finish(model: nn.Module, record: Record) -> None:
+    """Restore what requires a gradient and what was switched, and forget the patch."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trained)
+    for name, attribute, value in record.attributes:
+        setattr(model.get_submodule(name), attribute, value)
+    delattr(model, RECORD)

@@ -1,0 +1,245 @@
+"""Decide what a patch does, and refuse what it can't do, before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters import AdapterConfig, AdapterSpec, method_of
+from fastlora.adapters.targets import matches
+from fastlora.checks import FLOATS
+from fastlora.dispatch import Problem, pick
+from fastlora.layers import AdapterLinear
+from fastlora.quant import QuantConfig
+
+_HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
+
+@dataclass
+class Plan:
+    """What to do with each module.
+
+    Attributes:
+        specs: module name -> its adapter; None where a weight is only quantised.
+        quant: module name -> how to store its weight; only the quantised ones.
+        skipped: name of a linear that stays as it is -> why.
+        notes: name of an adapted linear -> what else is to be said of it.
+        saved: names of the modules that are trained whole.
+        bias: names of the bias parameters to train.
+    """
+
+    specs: dict[str, AdapterSpec | None] = field(default_factory=dict)
+    quant: dict[str, QuantConfig] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    bias: list[str] = field(default_factory=list)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every nn.Linear of a model by name, subclasses and swapped ones included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def make_plan(
+    model: nn.Module, config: AdapterConfig | None, quant: QuantConfig | None, backend: str
+) -> Plan:
+    """Return what `patch_model` does with these arguments; changes nothing.
+
+    A model that is already swapped is planned as if it were not, so that a file's config can be
+    compared with what is there.
+
+    Raises:
+        ValueError: a target does not exist or does not fit.
+        TypeError: a target is not a linear.
+        NotImplementedError: no backend takes a layer.
+        ImportError: the native library is missing.
+    """
+    plan = Plan()
+    if config is not None:
+        plan.saved = _saved_modules(model, config)
+    reasons = _reasons_to_skip(model, config)
+    explicit = config is not None and not config.all_linear
+    for name, module in model.named_modules():
+        inside = any(name == saved or name.startswith(saved + ".") for saved in plan.saved)
+        is_linear = isinstance(module, nn.Linear)
+        if not name or inside or not (config is None or config.wants(name)):
+            if is_linear:
+                plan.skipped[name] = "trained whole" if inside else "not a target"
+        elif not isinstance(module, nn.Linear):
+            if explicit:
+                raise TypeError(_NOT_LINEAR.format(name, type(module).__name__))
+        else:
+            _place(plan, name, module, config, quant, reasons.get(name), explicit)
+    _check_matched(model, config, plan)
+    for name, spec in plan.specs.items():
+        _check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
+    if config is not None:
+        plan.bias = _biases(model, getattr(config, "bias", "none"), plan)
+    return plan
+
+
+_NOT_LINEAR = (
+    "a target module must be an nn.Linear, but {!r} is a {}; name linears in target_modules or"
+    " exclude it"
+)
+
+
+def _place(
+    plan: Plan,
+    name: str,
+    module: nn.Linear,
+    config: AdapterConfig | None,
+    quant: QuantConfig | None,
+    reason: str | None,
+    explicit: bool,
+) -> None:
+    """Write one wanted linear into the plan; `reason` is why it is left alone unless named."""
+    foreign = _foreign(name, module)
+    if foreign is not None and explicit:
+        raise TypeError(foreign)
+    if foreign is not None or (reason is not None and not explicit):
+        plan.skipped[name] = foreign or reason or ""
+        return
+    plan.specs[name] = None if config is None else method_of(config).spec(config, name)
+    if quant is not None and reason is None:
+        plan.quant[name] = quant
+    elif quant is not None:
+        plan.notes[name] = f"kept dense: {reason}"
+
+
+def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Return the full names of modules_to_save, and of the heads that a task type implies."""
+    asked = tuple(config.modules_to_save or ())
+    implied = tuple(_HEADS.get(config.task_type or "", ()))
+    names = [name for name, _ in model.named_modules()]
+    for entry in asked:
+        if entry not in implied and not any(matches((entry,), name) for name in names):
+            raise ValueError(
+                f"modules_to_save must name modules of the model, but none is called {entry!r};"
+                f" its top modules are {[name for name, _ in model.named_children()]}"
+            )
+    found = [name for name in names if name and matches(asked + implied, name)]
+    nested = [n for n in found if any(n.startswith(other + ".") for other in found)]
+    return [name for name in found if name not in nested]
+
+
+def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str, str]:
+    """Return linears that only a name in target_modules may adapt, and none may quantise."""
+    reasons: dict[str, str] = {}
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, module in linears(model).items():
+        if users[id(module.weight)] > 1:
+            reasons[name] = "its weight is tied to another module's"
+        elif module is head:
+            reasons[name] = "output head"
+        elif any(part in kept for part in name.split(".")):
+            reasons[name] = "the model keeps it in float32"
+    return reasons
+
+
+def _foreign(name: str, module: nn.Linear) -> str | None:
+    """Return why a linear can't be swapped, or None."""
+    if type(module) is not nn.Linear and not isinstance(module, AdapterLinear):
+        return (
+            f"a target module must be exactly an nn.Linear, but {name!r} is a"
+            f" {type(module).__name__}, whose forward would be lost; exclude it"
+        )
+    if "forward" in vars(module):
+        return (
+            f"a target module must use the forward of its class, but {name!r} has one of its own,"
+            " perhaps from a hook of accelerate; remove it first"
+        )
+    return None
+
+
+def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -> None:
+    if plan.specs:
+        return
+    names = sorted({_short(name) for name in linears(model)})
+    asked = "linears" if config is None else f"target_modules={config.target_modules!r}"
+    raise ValueError(
+        f"{asked} must match an nn.Linear of the model, but nothing does; its linears are named"
+        f" {names}, so choose from these"
+    )
+
+
+def _short(name: str) -> str:
+    """Return the last part of a name; the whole name when that is a number."""
+    last = name.rpartition(".")[2]
+    return name if last.isdigit() else last
+
+
+def _check_layer(
+    name: str, module: nn.Module, spec: AdapterSpec | None, quant: QuantConfig | None, backend: str
+) -> None:
+    """Raise unless this linear can have this adapter and this format."""
+    assert isinstance(module, nn.Linear)
+    n, k = module.out_features, module.in_features
+    if spec is not None and spec.r > min(n, k):
+        raise ValueError(
+            f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
+            f" weight, got {spec.r}; lower r or set rank_pattern"
+        )
+    if isinstance(module, AdapterLinear):
+        return
+    _check_tensors(name, module)
+    if quant is not None and k == 1 and n % 2:
+        raise ValueError(
+            f"a weight with one column must have an even number of rows to be stored in 4 bits,"
+            f" but {name!r} is {n} x 1; exclude it"
+        )
+    if quant is not None and module.weight.dtype == torch.float64:
+        raise TypeError(
+            f"a weight must be float32, bfloat16 or float16 to be stored in 4 bits, but {name!r} is"
+            " float64; convert the model"
+        )
+    format, blocksize = ("dense", 0) if quant is None else (quant.quant_type, quant.blocksize)
+    dtype, r = module.weight.dtype, 0 if spec is None else spec.r
+    adapter = None if spec is None else torch.promote_types(dtype, torch.float32)
+    kind = (module.weight.device.type, dtype, format, blocksize, 512, n, k, r, adapter)
+    pick(Problem("lora_linear", *kind), backend)
+
+
+def _check_tensors(name: str, module: nn.Linear) -> None:
+    weight, bias = module.weight, module.bias
+    if weight.is_meta:
+        raise ValueError(
+            f"the weight of {name!r} must hold values, but it is on the meta device; load the"
+            " model first"
+        )
+    if bias is not None and bias.device != weight.device:
+        raise ValueError(
+            f"weight and bias of {name!r} must be on one device, got {weight.device} and"
+            f" {bias.device}; move one of them"
+        )
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATS:
+        raise TypeError(
+            f"the weight of {name!r} must be a plain floating tensor, got {type(weight).__name__}"
+            f" of {weight.dtype}; load the model in float32, bfloat16 or float16"
+        )
+    if not bool(torch.isfinite(weight.detach()).all()):
+        raise ValueError(
+            f"the weight of {name!r} must be finite, but it holds NaN or infinity; repair the"
+            " checkpoint"
+        )
+
+
+def _biases(model: nn.Module, bias: str, plan: Plan) -> list[str]:
+    """Return the names of the bias parameters that the config's `bias` trains."""
+    if bias == "none":
+        return []
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] == "bias"]
+    if bias == "all":
+        saved = tuple(f"{name}." for name in plan.saved)
+        return [name for name in names if not name.startswith(saved)]
+    return [name for name in names if name.rpartition(".")[0] in plan.specs]

@@ -1,0 +1,112 @@
+"""Say what was patched, what was skipped and why, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastlora.dispatch import Problem, pick
+from fastlora.layers import AdapterLinear, QuantizedLinear
+from fastlora.patch import Record, tensor_bytes, the_record
+
+BATCH = 512  # tokens of the training batch that the backend is named for
+_COLUMNS = ("module", "method", "r", "scaling", "format", "backend", "shape", "bytes", "notes")
+
+
+class Report(dict[str, Any]):
+    """A dict with `modules`, `skipped` and `totals`; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS] + [_cells(row) for row in self["modules"]]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines += [f"skipped {name}: {why}" for name, why in self["skipped"].items()]
+        totals = self["totals"]
+        share = totals["trainable_params"] / max(totals["all_params"], 1)
+        lines.append(
+            f"trainable {totals['trainable_params']:,} of {totals['all_params']:,} parameters"
+            f" ({share:.2%}); {totals['bytes_before'] / 2**20:,.1f} MiB before,"
+            f" {totals['bytes_after'] / 2**20:,.1f} MiB now"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Return what a patch did to a model.
+
+    Returns:
+        A `Report`: `modules`, a list of dicts with the keys module, method, r, scaling, format,
+        backend (the one that runs a training batch of 512 tokens), shape (N, K), bytes and notes;
+        `skipped`, name -> reason; `totals`, with trainable_params, all_params (4-bit weights
+        counted by value, not by byte), bytes_before and bytes_after.
+
+    Raises:
+        ValueError: the model is not patched.
+        ImportError: the native CPU library is missing.
+    """
+    record = the_record(model)
+    modules = [
+        _row(name, module, record)
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLinear)
+    ]
+    parameters = list(model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    hidden = sum(m.in_features * m.out_features - m.weight.numel() for m in packed)
+    totals = {
+        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+        "all_params": sum(p.numel() for p in parameters) + hidden,
+        "bytes_before": record.nbytes,
+        "bytes_after": tensor_bytes(model),
+    }
+    return Report(modules=modules, skipped=dict(record.plan.skipped), totals=totals)
+
+
+def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
+    stored, spec = module.stored_weight(), module.adapter
+    notes = [record.plan.notes[name]] if name in record.plan.notes else []
+    if spec is not None and spec.dropout > 0:
+        notes.append(f"dropout {spec.dropout:g}: adapter not fused in training")
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return {
+        "module": name,
+        "method": None if spec is None else spec.method,
+        "r": None if spec is None else spec.r,
+        "scaling": None if spec is None else spec.scaling,
+        "format": stored.format,
+        "backend": _backend(module),
+        "shape": (module.out_features, module.in_features),
+        "bytes": sum(t.nbytes for t in own),
+        "notes": "; ".join(notes),
+    }
+
+
+def _backend(module: AdapterLinear) -> str:
+    """Return the name of the backend that runs a training batch, or "none"."""
+    stored, spec, dtype = module.stored_weight(), module.adapter, module.original_dtype()
+    fused = spec is not None and not spec.dropout
+    r = spec.r if spec is not None and fused else 0
+    adapter = next(iter(module.adapter_params().values())).dtype if fused else None
+    kind = (stored.data.device.type, dtype, stored.format, stored.blocksize)
+    problem = Problem(
+        "lora_linear", *kind, BATCH, module.out_features, module.in_features, r, adapter
+    )
+    try:
+        return pick(problem, module.backend).__name__.rpartition(".")[2]
+    except NotImplementedError:
+        return "none"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:g}"
+        return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return tuple(text(row[column]) for column in _COLUMNS)
+
+
+__all__ = ["Report", "report"]

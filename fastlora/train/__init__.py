@@ -1,0 +1,1 @@
+"""What the `fastlora` command runs."""

@@ -1,0 +1,1 @@
+"""Everything that computes: 4-bit formats, Triton kernels and the loader of the CPU library."""

@@ -1,0 +1,61 @@
+"""What the Triton launchers share: constant tables, the device to launch on, how to split work."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora_kernels.formats import FORMATS, StoredWeight, code_table, nested_table
+
+OPTIONS = {"enable_fp_fusion": False}  # see _tiles: a fused absmax would round differently
+PROGRAMS_PER_UNIT = 4  # resident programs that hide memory latency on one multiprocessor
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; 1 for CPU tensors, which only Triton's interpreter takes."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def split_reduction(tiles: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Return (parts, span): into how many parts to cut a sum so that the device is full.
+
+    Args:
+        tiles: output tiles, one program each per part.
+        length: terms of the sum.
+        block: terms per step; `span` is a multiple of it.
+        device: where it runs; the same device always gives the same answer.
+    """
+    steps = -(-length // block)
+    wanted = PROGRAMS_PER_UNIT * _multiprocessors(device) // max(tiles, 1)
+    parts = min(max(wanted, 1), max(steps // 4, 1), 32)  # at least 4 steps each
+    span = -(-steps // parts) * block
+    return -(-length // span), span
+
+
+def stored_arguments(weight: StoredWeight) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return how a kernel takes a 4-bit weight.
+
+    Returns:
+        (packed, absmax, nested_absmax, nested_code, code, nested_offset), and the constants
+        LOG_BLOCK and NESTED.
+    """
+    data, absmax = weight.data.contiguous(), weight.absmax
+    if absmax is None:
+        raise ValueError(f"a {weight.format} weight must have an absmax, got None; pass it")
+    nested = weight.nested_absmax
+    tables = nested_table(data.device), code_table(FORMATS[weight.format], data.device)
+    unused = absmax if nested is None else nested
+    meta = {"LOG_BLOCK": weight.blocksize.bit_length() - 1, "NESTED": nested is not None}
+    return (data, absmax, unused, *tables, float(weight.nested_offset)), meta

@@ -1,0 +1,164 @@
+"""The swapped modules: 4-bit state dict, copies, dtype changes, dropout."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastlora
+from fastlora import LoraConfig, QuantConfig
+from fastlora.layers import AdapterLinear, QuantizedLinear
+
+X = torch.randn(5, 33, generator=torch.Generator().manual_seed(3))
+FORMATS = [None, "nf4", QuantConfig("fp4", 32, double_quant=False)]
+
+
+def model_of(
+    quantize: str | QuantConfig | None, dtype: torch.dtype = torch.float32, **fields: object
+) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 24), nn.ReLU(), nn.Linear(24, 10, bias=False)).to(dtype)
+    config = LoraConfig(r=3, init_lora_weights=False, **fields)  # type: ignore[arg-type]
+    fastlora.patch_model(model, config, quantize=quantize, backend="reference")
+    return model
+
+
+def first(model: nn.Sequential) -> AdapterLinear:
+    layer = model[0]
+    assert isinstance(layer, AdapterLinear)
+    return layer
+
+
+@pytest.mark.parametrize("quantize", FORMATS, ids=str)
+def test_forward_is_the_formula(quantize: str | QuantConfig | None, backend: str) -> None:
+    layer = first(model_of(quantize))
+    layer.backend = backend
+    params = layer.adapter_params()
+    assert layer.adapter is not None
+    scaling = layer.adapter.scaling
+    update = scaling * (X @ params["lora_A"].t()) @ params["lora_B"].t()
+    expected = functional.linear(X, layer.dense_weight(), layer.bias) + update
+    torch.testing.assert_close(layer(X), expected)
+    torch.testing.assert_close(layer(X), functional.linear(X, layer.merged_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("quantize", FORMATS, ids=str)
+def test_copies(quantize: str | QuantConfig | None) -> None:
+    model = model_of(quantize)
+    y = model(X)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(X), y) and torch.equal(pickled(X), y)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(model(X), y)
+
+
+@pytest.mark.parametrize("quantize", FORMATS, ids=str)
+def test_state_dict_round_trip(quantize: str | QuantConfig | None) -> None:
+    model = model_of(quantize)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = model_of(quantize)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    keys = other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert not keys.missing_keys and not keys.unexpected_keys
+    assert torch.equal(other(X), model(X))
+
+
+def test_state_dict_is_that_of_bitsandbytes() -> None:
+    model = model_of("nf4")
+    state = model.state_dict()
+    names = [name for name in state if name.startswith("0.weight")]
+    assert names == [
+        "0.weight",
+        "0.weight.absmax",
+        "0.weight.quant_map",
+        "0.weight.nested_absmax",
+        "0.weight.nested_quant_map",
+        "0.weight.quant_state.bitsandbytes__nf4",
+    ]
+    assert state["0.weight"].shape == ((33 * 24 + 1) // 2, 1)
+    assert state["0.weight.nested_absmax"].dtype == torch.float32
+    own = {name: tensor for name, tensor in state.items() if name in names}
+    weight = fastlora.QuantizedWeight.from_state_dict(own, "0.weight")
+    assert torch.equal(weight.dequantize(), first(model).dense_weight())
+
+
+def test_loading_is_strict() -> None:
+    state = model_of("nf4").state_dict()
+    model = model_of("nf4")
+    for name in ("0.weight.absmax", "0.weight.quant_map"):
+        rest = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
+            model.load_state_dict(rest)
+    rest = {key: value for key, value in state.items() if not key.startswith("0.weight")}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0\.weight"'):
+        model.load_state_dict(rest)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.extra"):
+        model.load_state_dict({**state, "0.extra": torch.zeros(1)})
+    swapped = {k.replace("0.weight", "2.weight"): v for k, v in state.items() if "0.weight" in k}
+    with pytest.raises(RuntimeError, match=r"must have shape \(10, 24\), got \(24, 33\)"):
+        model.load_state_dict({**state, **swapped})
+
+
+@pytest.mark.parametrize("quantize", ["nf4", QuantConfig("nf4", 64, double_quant=False)], ids=str)
+def test_no_dtype_change_alters_the_weight(quantize: str | QuantConfig) -> None:
+    model = model_of(quantize, torch.bfloat16)
+    before = first(model).dense_weight(torch.float32)
+    for change in (torch.float16, torch.float32, torch.bfloat16):
+        model.to(change)
+        assert torch.equal(first(model).dense_weight(torch.float32), before)
+        assert model(X.to(change)).dtype == change
+    assert first(model).original_dtype() == torch.bfloat16
+
+
+def test_adapter_dtype_follows_peft() -> None:
+    assert first(model_of(None, torch.bfloat16)).lora_A.dtype == torch.float32
+    assert first(model_of("nf4", torch.float16)).lora_A.dtype == torch.float32
+    assert first(model_of(None, torch.float64)).lora_A.dtype == torch.float64
+
+
+@pytest.mark.parametrize("quantize", FORMATS, ids=str)
+def test_every_adapter_parameter_gets_its_gradient(quantize: str | QuantConfig | None) -> None:
+    model = model_of(quantize)
+    model(X).square().sum().backward()
+    got = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert got == {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
+
+
+def dropout_reference(layer: AdapterLinear, x: Tensor) -> Tensor:
+    params = layer.adapter_params()
+    assert layer.adapter is not None
+    dropped = functional.dropout(x, layer.adapter.dropout)
+    update = dropped @ params["lora_A"].t() @ params["lora_B"].t() * layer.adapter.scaling
+    return functional.linear(x, layer.dense_weight(), layer.bias) + update
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_dropout_only_in_training(quantize: str | None) -> None:
+    layer = first(model_of(quantize, lora_dropout=0.5))
+    layer.train()
+    torch.manual_seed(5)
+    y = layer(X)
+    torch.manual_seed(5)
+    torch.testing.assert_close(y, dropout_reference(layer, X))
+    layer.eval()
+    assert torch.equal(layer(X), layer(X))
+    assert not torch.equal(layer(X), y)
+
+
+def test_repr_names_the_format_and_the_adapter() -> None:
+    text = repr(first(model_of("nf4")))
+    assert "QuantizedLinear" in text and "nf4, blocksize=64, double_quant=True" in text
+    assert "lora(r=3, scaling=2.66667)" in text
+    assert isinstance(first(model_of("nf4")), QuantizedLinear)
