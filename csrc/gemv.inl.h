@@ -107,6 +107,7 @@ struct Bf16Scheme {
 
 template <class Scheme, int M, int NR, class T>
 inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Packed* x) {
+  constexpr int64_t AHEAD = 8192;  // bytes
   constexpr int64_t RUN = 32;  // steps whose magnitudes are decoded together
   const int64_t k = g.w.k;
   const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
@@ -121,7 +122,7 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Pa
       const int64_t c = run + step * Scheme::WEIGHTS;
       for (int n = 0; n < NR; ++n) {
         const uint8_t* bytes = packed + (n * k + c) / 2;
-        __builtin_prefetch(bytes + NR * k / 2);  // the same place in the next rows
+        __builtin_prefetch(bytes + AHEAD, 0, 2);
         Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, sizeof(T) == 2, x + c, k, sums[n]);
       }
     }
@@ -137,25 +138,22 @@ inline void packed_gemv(const Gemv<T>& g) {
   constexpr int64_t TASK = 16;
   const int64_t k = g.w.k;
   P* x = static_cast<P*>(scratch(SCRATCH_SHARED, M * k * sizeof(P)));
-#pragma omp parallel num_threads(g.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t u = 0; u < M * k; u += Scheme::WEIGHTS) {
-      const T* from = g.x + u / k * g.ldx + u % k;
-      for (int64_t j = 0; j < Scheme::WEIGHTS; ++j) {
-        if constexpr (sizeof(P) == sizeof(T))
-          x[u + Scheme::position(j)] = from[j];
-        else
-          x[u + Scheme::position(j)] = to_float(from[j]);
-      }
+#pragma omp parallel for num_threads(M * k < FEW_PRODUCTS / 8 ? 1 : g.threads) schedule(static)
+  for (int64_t u = 0; u < M * k; u += Scheme::WEIGHTS) {
+    const T* from = g.x + u / k * g.ldx + u % k;
+    for (int64_t j = 0; j < Scheme::WEIGHTS; ++j) {
+      if constexpr (sizeof(P) == sizeof(T))
+        x[u + Scheme::position(j)] = from[j];
+      else
+        x[u + Scheme::position(j)] = to_float(from[j]);
     }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < g.w.n; row += TASK) {
-      const int64_t stop = min64(row + TASK, g.w.n);
-      int64_t n = row;
-      for (; n + NR <= stop; n += NR) packed_rows<Scheme, M, NR>(g, n, x);
-      for (; n < stop; ++n) packed_rows<Scheme, M, 1>(g, n, x);
-    }
+  }
+#pragma omp parallel for num_threads(g.threads) schedule(static)
+  for (int64_t row = 0; row < g.w.n; row += TASK) {
+    const int64_t stop = min64(row + TASK, g.w.n);
+    int64_t n = row;
+    for (; n + NR <= stop; n += NR) packed_rows<Scheme, M, NR>(g, n, x);
+    for (; n < stop; ++n) packed_rows<Scheme, M, 1>(g, n, x);
   }
 }
 
@@ -194,6 +192,11 @@ inline void buffered_gemv(const Gemv<T>& g) {
 }
 
 #if defined(__AMX_BF16__)
+inline float lora_b(const fastlora_lora& lora, int64_t index) {
+  return lora.dtype == FASTLORA_F32 ? static_cast<const float*>(lora.b)[index]
+                                    : to_float(static_cast<const bf16*>(lora.b)[index]);
+}
+
 // Up to 16 tokens on the matrix unit: Y^T = W X^T with 16 rows of W decoded into four tiles at a time.
 constexpr int64_t MOST_TOKENS = 16;
 
@@ -207,7 +210,7 @@ inline void pack_tokens(const Gemv<bf16>& g, int64_t step, bf16* out) {
 
 // The packed row block: magnitudes decoded for RUN steps at a time, tiles decoded one step ahead of their use, so that
 // a tile is not loaded from lines still being stored.
-inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x) {
+inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x, const float* s) {
   constexpr int64_t RUN = 16;
   alignas(64) float absmax[16][2 * RUN], sums[4][16][16];
   alignas(64) bf16 tiles[2][4][16][32];
@@ -225,6 +228,7 @@ inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x) {
       for (int n = 0; n < 16; ++n) {
         const QuadTable table(g.w.code, absmax[n] + 2 * (step % RUN));
         const __m512i words = _mm512_loadu_si512(packed + (n * k + step * 128) / 2);
+        __builtin_prefetch(packed + ((16 + n) * k + step * 128) / 2, 0, 2);  // the same place in the next block
         for (int j = 0; j < 4; ++j) _mm512_store_si512(tiles[step & 1][j][n], table.lookup(words, j));
       }
     }
@@ -248,14 +252,23 @@ inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x) {
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
-  for (int64_t n = 0; n < 16; ++n)
-    for (int64_t i = 0; i < g.m; ++i)
-      store_output(g, i, row + n, (sums[0][n][i] + sums[1][n][i]) + (sums[2][n][i] + sums[3][n][i]));
+  __m512i out[16];
+  for (int64_t n = 0; n < 16; ++n) {
+    vf sum = vload(sums[0][n]) + vload(sums[1][n]) + (vload(sums[2][n]) + vload(sums[3][n]));
+    if (g.bias) sum = sum + vset(g.bias[row + n]);
+    for (int64_t j = 0; j < g.lora.r; ++j) sum = vfma(vset(lora_b(g.lora, (row + n) * g.lora.r + j)), vload(s + 16 * j), sum);
+    out[n] = _mm512_castps_si512(sum);
+  }
+  transpose16(out);  // one token each
+  for (int64_t i = 0; i < g.m; ++i) vstore(g.y + i * g.w.n + row, _mm512_castsi512_ps(out[i]));
 }
 
 inline void tile_gemv(const Gemv<bf16>& g) {
   const int64_t steps = g.w.k / 128, whole = g.w.n / 16;
-  bf16* x = static_cast<bf16*>(scratch(SCRATCH_SHARED, steps * 2048 * sizeof(bf16)));
+  auto* s = static_cast<float*>(scratch(SCRATCH_SHARED, g.lora.r * 64 + steps * 2048 * sizeof(bf16)));
+  bf16* x = reinterpret_cast<bf16*>(s + 16 * g.lora.r);
+  for (int64_t j = 0; j < g.lora.r; ++j)  // scaling * S^T, 16 tokens to a line
+    for (int64_t i = 0; i < 16; ++i) s[16 * j + i] = i < g.m ? g.lora.scaling * g.s[i * g.lora.r + j] : 0.0f;
 #pragma omp parallel num_threads(g.threads)
   {
 #pragma omp for schedule(static)
@@ -265,7 +278,7 @@ inline void tile_gemv(const Gemv<bf16>& g) {
     }
     MatrixUnit unit;
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < whole; ++block) tile_rows(g, block * 16, x);
+    for (int64_t block = 0; block < whole; ++block) tile_rows(g, block * 16, x, s);
   }
 }
 #endif

@@ -11,7 +11,7 @@ void forward(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const
     const float* a = static_cast<const float*>(lora.a);
     if (lora.dtype != FASTLORA_F32) {
       auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * w.k * sizeof(float)));
-      widen(static_cast<const bf16*>(lora.a), lora.r, w.k, false, wide, threads);
+      widen(static_cast<const bf16*>(lora.a), lora.r, w.k, wide);
       a = wide;
     }
     project(x, ldx, m, a, lora.r, w.k, 1.0f, s, threads);
@@ -30,7 +30,7 @@ void backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, con
   if (r && (dx || da)) {
     auto* shared = static_cast<float*>(scratch(SCRATCH_SHARED, (w.n + m) * r * sizeof(float)));
     ds = shared + w.n * r;
-    widen(static_cast<const L*>(lora.b), w.n, r, true, shared, threads);
+    widen_transposed(static_cast<const L*>(lora.b), w.n, r, shared, threads);
     project(dy, lddy, m, shared, r, w.n, lora.scaling, ds, threads);
   }
   if (dx) panel_gemm(Gemm<T>{dy, lddy, m, w, true, lora, ds, nullptr, dx, threads});

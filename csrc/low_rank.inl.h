@@ -4,6 +4,8 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
+constexpr int64_t FEW_PRODUCTS = 1 << 17;  // below this one thread is done before another has woken
+
 // Scalar products of MR rows of x with JR rows of a; sums of DOT_RUN vectors are added to totals.
 constexpr int64_t DOT_RUN = (VW == 4 ? 8 : 32) * VW;
 template <int MR, int JR, class X>
@@ -37,7 +39,7 @@ template <class X>
 inline void project(const X* x, int64_t ldx, int64_t m, const float* a, int64_t r, int64_t k, float scale, float* out,
                     int threads) {
   constexpr int MR = VW == 16 ? 3 : 1, JR = 8;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+#pragma omp parallel for collapse(2) num_threads(m * r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)
   for (int64_t i = 0; i < m; i += MR)
     for (int64_t j = 0; j < r; j += JR) {
       const bool wide = j + JR <= r;
@@ -53,12 +55,18 @@ inline void project(const X* x, int64_t ldx, int64_t m, const float* a, int64_t 
     }
 }
 
-// An adapter matrix (rows, cols) to float, or its transpose (cols, rows).
+// An adapter matrix (rows, cols) to float.
 template <class L>
-inline void widen(const L* matrix, int64_t rows, int64_t cols, bool transposed, float* out, int threads) {
-#pragma omp parallel for num_threads(rows * cols < 1 << 14 ? 1 : threads) schedule(static)
+inline void widen(const L* matrix, int64_t rows, int64_t cols, float* out) {
+  pack_rows(matrix, cols, rows, cols, out);
+}
+
+// Its transpose (cols, rows) in float.
+template <class L>
+inline void widen_transposed(const L* matrix, int64_t rows, int64_t cols, float* out, int threads) {
+#pragma omp parallel for num_threads(rows * cols < FEW_PRODUCTS ? 1 : threads) schedule(static)
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) out[transposed ? j * rows + i : i * cols + j] = to_float(matrix[i * cols + j]);
+    for (int64_t j = 0; j < cols; ++j) out[j * rows + i] = to_float(matrix[i * cols + j]);
 }
 
 // out (r, columns) += s (rows, r)^T x (rows, columns) for JR rows of out and two vectors of columns.
