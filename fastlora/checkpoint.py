@@ -118,10 +118,10 @@ def _fields(model: nn.Module, record: Record, config: AdapterConfig) -> dict[str
 
 def _target_names(model: nn.Module, plan: Plan, config: AdapterConfig) -> list[str]:
     """Return suffixes that select exactly the adapted modules, or else their full names."""
-    short = sorted({name.rpartition(".")[2] for name in plan.specs})
+    short = sorted({name.rpartition(".")[2] for name in plan.adapted})
     names = [name for name, _ in model.named_modules() if name and not config.excludes(name)]
     chosen = {name for name in names if name.rpartition(".")[2] in short}
-    return short if chosen == set(plan.specs) else sorted(plan.specs)
+    return short if chosen == set(plan.adapted) else sorted(plan.adapted)
 
 
 def _adapter_keys(name: str, spec: AdapterSpec) -> dict[str, str]:
@@ -132,17 +132,16 @@ def _adapter_keys(name: str, spec: AdapterSpec) -> dict[str, str]:
 
 def _bias_key(name: str, plan: Plan) -> str:
     module, _, last = name.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{last}" if module in plan.specs else PREFIX + name
+    return f"{PREFIX}{module}.base_layer.{last}" if module in plan.adapted else PREFIX + name
 
 
 def _live_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Return key -> tensor of everything that an adapter file of a patched model holds."""
     tensors: dict[str, Tensor] = {}
-    for name, spec in plan.specs.items():
-        if spec is not None:
-            module = model.get_submodule(name)
-            for parameter, key in _adapter_keys(name, spec).items():
-                tensors[key] = getattr(module, parameter)
+    for name, spec in plan.adapted.items():
+        module = model.get_submodule(name)
+        for parameter, key in _adapter_keys(name, spec).items():
+            tensors[key] = getattr(module, parameter)
     return {**tensors, **_whole_tensors(model, plan)}
 
 
@@ -160,12 +159,11 @@ def _whole_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of everything that the file must hold for this plan."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, spec in plan.specs.items():
+    for name, spec in plan.adapted.items():
         module: Any = model.get_submodule(name)
-        if spec is not None:
-            wanted = METHODS[spec.method].shapes(spec, module.out_features, module.in_features)
-            keys = _adapter_keys(name, spec)
-            shapes.update({keys[parameter]: shape for parameter, shape in wanted.items()})
+        wanted = METHODS[spec.method].shapes(spec, module.out_features, module.in_features)
+        keys = _adapter_keys(name, spec)
+        shapes.update({keys[parameter]: shape for parameter, shape in wanted.items()})
     whole = _whole_tensors(model, plan).items()
     return {**shapes, **{key: tuple(tensor.shape) for key, tensor in whole}}
 
@@ -210,8 +208,13 @@ def _read_config(path: Path) -> AdapterConfig:
 def _check_alike(record: Record, plan: Plan) -> None:
     """Raise unless a patched model has the adapter that a file's config describes."""
     live = record.plan
+    if not live.adapted:
+        raise ValueError(
+            "the model must have an adapter or not be patched at all, but it is only quantised;"
+            " load the file on the first model, with quantize="
+        )
     for what, ours, theirs in (
-        ("adapted modules", sorted(live.specs), sorted(plan.specs)),
+        ("adapted modules", sorted(live.adapted), sorted(plan.adapted)),
         ("modules_to_save", sorted(live.saved), sorted(plan.saved)),
         ("trained biases", sorted(live.bias), sorted(plan.bias)),
     ):
@@ -221,13 +224,8 @@ def _check_alike(record: Record, plan: Plan) -> None:
                 f"the model must be patched as the adapter file says, but their {what} differ in"
                 f" {_some(differ)}; load the file on a model that is not patched"
             )
-    for name, spec in plan.specs.items():
-        mine = live.specs[name]
-        if mine is None or spec is None:
-            raise ValueError(
-                "the model must have an adapter or not be patched at all, but it is only quantised;"
-                " load the file on the first model, with quantize="
-            )
+    for name, spec in plan.adapted.items():
+        mine = live.adapted[name]
         if (mine.method, mine.r, mine.scaling) != (spec.method, spec.r, spec.scaling):
             raise ValueError(
                 f"the model must be patched as the adapter file says, but {name} has r={mine.r} and"

@@ -56,10 +56,10 @@ def patch_model(
 ) -> nn.Module:
     """Return the same model with adapters and 4-bit weights in place of its linears.
 
-    With a config its targets get adapters (and 4-bit weights, when `quantize` is given), and all
-    other parameters are frozen. Without one, `quantize` stores every nn.Linear in 4 bits but the
-    output head (`model.get_output_embeddings()`, where the model has that; a plain model has no
-    known head), and nothing else is frozen. Weights that two modules share are left alone unless
+    With a config its targets get adapters, and all other parameters are frozen. `quantize` stores
+    every nn.Linear in 4 bits, targets or not, but the output head (`get_output_embeddings()`); a
+    model that does not know its head gets 4-bit weights only in the targets, or, without a config,
+    in every nn.Linear. Without a config nothing else is frozen. Weights that two modules share are left alone unless
     `target_modules` names them, and are never quantised. Everything is checked first: after an
     error the model is as it was.
 

@@ -42,6 +42,11 @@ class Plan:
     saved: list[str] = field(default_factory=list)
     bias: list[str] = field(default_factory=list)
 
+    @property
+    def adapted(self) -> dict[str, AdapterSpec]:
+        """The modules that get an adapter."""
+        return {name: spec for name, spec in self.specs.items() if spec is not None}
+
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every nn.Linear of a model by name, subclasses and swapped ones included."""
@@ -67,12 +72,13 @@ def make_plan(
         plan.saved = _saved_modules(model, config)
     reasons = _reasons_to_skip(model, config)
     explicit = config is not None and not config.all_linear
+    has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
     for name, module in model.named_modules():
         inside = any(name == saved or name.startswith(saved + ".") for saved in plan.saved)
-        is_linear = isinstance(module, nn.Linear)
         if not name or inside or not (config is None or config.wants(name)):
-            if is_linear:
-                plan.skipped[name] = "trained whole" if inside else "not a target"
+            if isinstance(module, nn.Linear):
+                reason = "trained whole" if inside else reasons.get(name) or _foreign(name, module)
+                _place_base(plan, name, quant if has_head else None, reason)
         elif not isinstance(module, nn.Linear):
             if explicit:
                 raise TypeError(_NOT_LINEAR.format(name, type(module).__name__))
@@ -113,6 +119,14 @@ def _place(
         plan.quant[name] = quant
     elif quant is not None:
         plan.notes[name] = f"kept dense: {reason}"
+
+
+def _place_base(plan: Plan, name: str, quant: QuantConfig | None, reason: str | None) -> None:
+    """Write one linear that gets no adapter into the plan: in 4 bits, or as it is."""
+    if quant is None or reason is not None:
+        plan.skipped[name] = reason or "not a target"
+        return
+    plan.specs[name], plan.quant[name] = None, quant
 
 
 def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -163,7 +177,7 @@ def _foreign(name: str, module: nn.Linear) -> str | None:
 
 
 def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -> None:
-    if plan.specs:
+    if plan.specs if config is None else plan.adapted:
         return
     names = sorted({_short(name) for name in linears(model)})
     asked = "linears" if config is None else f"target_modules={config.target_modules!r}"
@@ -242,4 +256,4 @@ def _biases(model: nn.Module, bias: str, plan: Plan) -> list[str]:
     if bias == "all":
         saved = tuple(f"{name}." for name in plan.saved)
         return [name for name in names if not name.startswith(saved)]
-    return [name for name in names if name.rpartition(".")[0] in plan.specs]
+    return [name for name in names if name.rpartition(".")[0] in plan.adapted]

@@ -65,7 +65,8 @@ def encode(values: Any) -> Array:
     bits = floats.view(np.uint32)
     rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
     quiet_nan = (bits >> 16) | np.uint32(0x40)
-    return np.where(np.isnan(floats), quiet_nan, rounded).astype(np.uint16)
+    result: Array = np.where(np.isnan(floats), quiet_nan, rounded).astype(np.uint16)
+    return result
 
 
 def install() -> None:

@@ -195,6 +195,19 @@ def test_llama_head_and_tied_embeddings_stay() -> None:
         assert model(IDS).logits.shape == (2, 6, 64)
 
 
+def test_quantize_packs_the_whole_base_but_the_head() -> None:
+    model = patch_model(
+        llama(), LoraConfig(r=4, target_modules=["q_proj"]), quantize="nf4", **REFERENCE
+    )
+    packed = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    adapted = [row["module"] for row in report(model)["modules"] if row["method"] == "lora"]
+    assert len(packed) == 14 and len(adapted) == 2
+    assert type(model.lm_head) is nn.Linear
+    # a model that does not know its head: only what is named
+    other = patch_model(plain(), LoraConfig(r=4, target_modules=["up"]), quantize="nf4", **REFERENCE)
+    assert patched_names(other) == ["blocks.0.up", "blocks.1.up"]
+
+
 def test_tied_head_can_be_adapted_by_name_but_not_quantised() -> None:
     model = llama(tied=True)
     config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"])

@@ -60,6 +60,27 @@ def load(directory: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     return model.to(device), tokenizer
 
 
+def new_llama(**shape: Any) -> Any:
+    """Return a randomly initialised `LlamaForCausalLM`; `shape`: fields of `LlamaConfig`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def tokenizer_of(path: Path, end: str, context: int) -> Any:
+    """Return the tokenizer of a `tokenizer.json`; `end` begins, ends and pads a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path),
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def encode(tokenizer: Any, texts: list[str]) -> Tensor:
     """Return all texts as one int64 row, each begun by the tokenizer's bos token."""
     ids: list[int] = []

@@ -27,6 +27,7 @@ from fastlora.nano.corpus import Document, pretraining
 END = "<|endoftext|>"
 VOCAB = 4096
 CONTEXT = 512
+LAYERS = 6
 
 
 def train_tokenizer(documents: list[Document], path: Path) -> None:
@@ -46,43 +47,25 @@ def train_tokenizer(documents: list[Document], path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Return transformers' tokenizer for a `tokenizer.json`; `END` begins, ends and pads."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(path),
-        bos_token=END,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def build_model(end: int) -> Any:
-    """Return a randomly initialised `LlamaForCausalLM` of the bundled shape, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    """Return a randomly initialised Llama of the bundled shape, float32; `end` is its eos token."""
+    model = causal_lm.new_llama(
         vocab_size=VOCAB,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
     )
-    model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.div_(math.sqrt(2 * config.num_hidden_layers))
+                parameter.div_(math.sqrt(2 * LAYERS))
     return model
 
 
@@ -143,14 +126,14 @@ def _corpus(work: Path) -> tuple[Any, Tensor, Tensor]:
     if not cache.exists():
         split = pretraining()
         train_tokenizer(split.train, vocabulary)
-        tokenizer = load_tokenizer(vocabulary)
+        tokenizer = causal_lm.tokenizer_of(vocabulary, END, CONTEXT)
         ids = [
             causal_lm.encode(tokenizer, [d.text for d in side])
             for side in (split.train, split.held_out)
         ]
         torch.save(ids, cache)
     train, held_out = torch.load(cache)
-    return load_tokenizer(vocabulary), train, held_out
+    return causal_lm.tokenizer_of(vocabulary, END, CONTEXT), train, held_out
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -210,9 +211,9 @@ def _show_report(console: Console, report: dict[str, Any]) -> None:
     keys = ("method", "r", "format", "backend", "shape")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row in report["modules"]:
-        name = re.sub(r"\.\d+\.", ".*.", row["module"])
+        name = re.sub(r"^.*\.\d+\.", "", row["module"])
         groups.setdefault((name, *(row[key] for key in keys)), []).append(row["bytes"])
-    table = Table("patched", *keys, "layers", "KiB")
+    table = Table("patched", *keys, "layers", "KiB", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for (name, *cells, shape), sizes in groups.items():
         size = f"{shape[0]} x {shape[1]}"
         table.add_row(name, *map(str, cells), size, str(len(sizes)), f"{sum(sizes) / 1024:,.0f}")

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Triton kernels of the LoRA linear over a packed 4-bit weight, for few tokens.
 
 Forward ``y = x W^T + b + s (x A^T) B^T`` and its input gradient ``dx = dy W + s (dy B) A`` have one
@@ -17,8 +17,8 @@ same long axis, then the second factor. So each direction takes two launches:
 - lora_A (R, K), lora_B (N, R): x's dtype or float32, any strides; R of any size
 - part (parts, M, out) and low (parts, M, R): float32
 
-Work: 2 M N K flops in the matrix unit and about 8 machine instructions per weight to decode it;
-traffic 0.5 + 1 / blocksize bytes per weight and 8 parts M out bytes of partial sums, which stay in
+Work: 2 M N K flops in the matrix unit and about 10 machine instructions to decode each weight;
+traffic: 0.5 + 1 / blocksize bytes per weight and 8 parts M out bytes of partial sums, which stay in
 the second-level cache.
 """
 
@@ -58,21 +58,23 @@ def low_rank_partial(
     TILES_M: tl.constexpr = BLOCK_M // BLOCK_R
     rm = first_m + tile % TILES_M * BLOCK_R + tl.arange(0, BLOCK_R)
     rr = tile // TILES_M * BLOCK_R + tl.arange(0, BLOCK_R)
+    WIDE: tl.constexpr = x_ptr.dtype.element_ty != factor_ptr.dtype.element_ty
+    STEP: tl.constexpr = 32 if WIDE else BLOCK_I  # float32 operands take twice the registers
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for i in range(start, stop, BLOCK_I):
-        ri = (i + tl.arange(0, BLOCK_I)).to(tl.int64)
+    for i in range(start, stop, STEP):
+        ri = (i + tl.arange(0, STEP)).to(tl.int64)
         x_mask = (ri[:, None] < stop) & (rm[None, :] < M)
         x_tile = tl.load(
             x_ptr + ri[:, None] * stride_xi + rm[None, :] * stride_xm, mask=x_mask, other=0.0
-        )  # (BLOCK_I, BLOCK_R)
+        )  # (STEP, BLOCK_R)
         f_mask = (rr[:, None] < R) & (ri[None, :] < stop)
         f_tile = tl.load(
             factor_ptr + rr[:, None] * stride_fr + ri[None, :] * stride_fi, mask=f_mask, other=0.0
-        )  # (BLOCK_R, BLOCK_I)
-        if x_ptr.dtype.element_ty == factor_ptr.dtype.element_ty:
-            acc = dot(f_tile, x_tile, acc)
-        else:
+        )  # (BLOCK_R, STEP)
+        if WIDE:
             acc = dot(f_tile.to(tl.float32), x_tile.to(tl.float32), acc)
+        else:
+            acc = dot(f_tile, x_tile, acc)
     pointers = low_ptr + (part * M + rm)[None, :] * R + rr[:, None]
     tl.store(pointers, acc, mask=(rr[:, None] < R) & (rm[None, :] < M))
 
@@ -224,23 +226,16 @@ def lora_linear_finish_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = sum of part + bias + scaling (sum of low) factor, and low_out = sum of low.
+    """Store out = sum of part + bias + scaling (sum of low) factor, and low_out = sum of low.
 
     part (parts, M, O), low (parts, M, R), factor (R, O) by its strides, out (M, O), low_out (M, R).
     With one part, `part_ptr` may be `out_ptr`: the adapter is then added in place.
     """
     rm = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ro = tl.program_id(1).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    mask = (rm[:, None] < M) & (ro[None, :] < O)
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    for p in range(0, parts):
-        pointers = part_ptr + (p * M.to(tl.int64) + rm)[:, None] * O + ro[None, :]
-        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + ro, mask=ro < O, other=0.0).to(tl.float32)[None, :]
     if HAS_LOW:
         EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
-        delta = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         for r in range(0, R, BLOCK_R):
             rr = r + tl.arange(0, BLOCK_R)
             low_mask = (rm[:, None] < M) & (rr[None, :] < R)
@@ -248,12 +243,20 @@ def lora_linear_finish_kernel(
             for p in range(0, parts):
                 pointers = low_ptr + (p * M.to(tl.int64) + rm)[:, None] * R + rr[None, :]
                 low += tl.load(pointers, mask=low_mask, other=0.0)
-            if STORE_LOW:
+            if STORE_LOW:  # noqa: SIM102 (decided at compile time)
                 if tl.program_id(1) == 0:
                     tl.store(low_out_ptr + rm[:, None] * R + rr[None, :], low, mask=low_mask)
             pointers = factor_ptr + rr.to(tl.int64)[:, None] * stride_fr + ro[None, :] * stride_fo
             f_mask = (rr[:, None] < R) & (ro[None, :] < O)
             factor = tl.load(pointers, mask=f_mask, other=0.0)  # (BLOCK_R, BLOCK_O)
-            delta = low_rank_dot(low, factor, delta, EXACT)
-        acc += scaling * delta
-    tl.store(out_ptr + rm[:, None] * O + ro[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+            acc = low_rank_dot(low, factor, acc, EXACT)
+        acc *= scaling
+    mask = (rm[:, None] < M) & (ro[None, :] < O)
+    base = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for p in range(0, parts):
+        pointers = part_ptr + (p * M.to(tl.int64) + rm)[:, None] * O + ro[None, :]
+        base += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        base += tl.load(bias_ptr + ro, mask=ro < O, other=0.0).to(tl.float32)[None, :]
+    out = (base + acc).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rm[:, None] * O + ro[None, :], out, mask=mask)

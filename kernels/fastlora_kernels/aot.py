@@ -1,9 +1,10 @@
 """Compile every Triton kernel ahead of time, without a GPU, and hold what the compiler made of it.
 
-``python -m fastlora_kernels.aot [--arch sm_90 ...] [--quick | --full] [--json FILE]`` prints one line per
-kernel, variant and architecture: registers, spills, shared memory, matrix instructions. The
-exit status is 1 when one does not compile, spills on NVIDIA, needs more shared memory than a
-block may have, or lacks the matrix instructions that its variant is meant to use.
+``python -m fastlora_kernels.aot [--arch sm_90 ...] [--quick | --full] [--json FILE]`` prints one
+line per kernel, variant and architecture: registers, spills, shared memory, matrix instructions.
+The exit status is 1 when one does not compile, spills on NVIDIA, needs more shared memory than a
+block may have, lacks the matrix instructions that its variant is meant to use, or fuses a product
+and a sum that must round apart.
 
 Kernels are specialised by Triton's own launch path: a driver that only names an architecture takes
 the place of the GPU's. NVIDIA figures come from the tools in the triton wheel, AMD's from the

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """4-bit dequantisation in one launch.
 
 ``out[i] = code[nibble[i]] * absmax[i // blocksize]`` in float32, rounded once to the target dtype,

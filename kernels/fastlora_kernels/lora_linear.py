@@ -43,14 +43,14 @@ class Tile(NamedTuple):
 CROSSOVER = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}  # tokens
 TILES_16BIT = {
     16: Tile(16, 64, 64, 4, 4),
-    32: Tile(32, 64, 64, 4, 3),
-    64: Tile(64, 64, 64, 8, 3),
+    32: Tile(32, 128, 64, 8, 3),
+    64: Tile(64, 128, 64, 8, 3),
     128: Tile(128, 64, 64, 8, 3),
 }
 TILE_FLOAT32 = Tile(16, 32, 32, 4, 2)
 TILE_RAGGED = Tile(16, 32, 32, 4, 2)  # rows that share bytes or blocks: decoded value by value
 BLOCK_R = 16
-FINISH = {"BLOCK_M": 16, "BLOCK_O": 64, "BLOCK_R": BLOCK_R, "num_warps": 4, "num_stages": 1}
+FINISH = {"BLOCK_M": 16, "BLOCK_O": 64, "BLOCK_R": BLOCK_R, "num_warps": 8, "num_stages": 1}
 
 
 def pick_tile(dtype: torch.dtype, m: int, k: int, blocksize: int) -> tuple[Tile, bool]:
@@ -138,7 +138,7 @@ def lora_linear_backward(
             raise ValueError("the gradient of the adapter needs x and s, got None; pass both")
         t = _first_product(dy, lora_B) if t is None else t
         dA = (t * scaling).to(lora_A.dtype).t() @ x.to(lora_A.dtype)
-        dB = dy.to(lora_B.dtype).t() @ (s * scaling).to(lora_B.dtype)
+        dB = (dy.to(lora_B.dtype).t() @ s.to(lora_B.dtype)) * scaling
     return dx, dA, dB
 
 

@@ -7,7 +7,6 @@ import torch
 
 from tests import interpreter
 
-
 # The kernels of one process are all interpreted or all compiled.
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if interpreter.on_gpu() else ["cpu"]
 

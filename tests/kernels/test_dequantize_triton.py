@@ -64,19 +64,19 @@ def test_every_nested_code(device: str) -> None:
     absmax = torch.arange(256, dtype=torch.uint8).repeat(4)
     nested = torch.tensor([0.3, 1.7, 1e-3, 123.4])
     data = torch.randint(0, 256, (blocks, 16), dtype=torch.uint8)
-    tensors = [t.to(device) for t in (data, absmax, nested)]
-    weight = StoredWeight(*tensors, offset, "nf4", 32)
+    parts = data.to(device), absmax.to(device), nested.to(device)
+    weight = StoredWeight(parts[0], parts[1], parts[2], offset, "nf4", 32)
     check_equal(weight, blocks, 32, torch.float32)
 
 
 def test_equals_bitsandbytes(device: str) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(
-        torch.randn(40, 96), blocksize=64, quant_type="nf4", compress_statistics=True
+        torch.randn(40, 128), blocksize=64, quant_type="nf4", compress_statistics=True
     )
     expected = functional.dequantize_4bit(packed, state)
     weight = QuantizedWeight.from_bnb((packed, state)).to(device).stored()
-    result = backend.dequantize(weight, 40, 96, torch.float32)
+    result = backend.dequantize(weight, 40, 128, torch.float32)
     assert torch.equal(result.cpu(), expected)
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +67,20 @@ def both(module: Any, weight: StoredWeight) -> Any:
     return run
 
 
-def check(setup: Setup, name: str, reps: int = 1) -> None:
+def check(setup: Setup, name: str) -> None:
     ours, plain = both(backend, setup.weight), both(reference, setup.weight)
     truth = both(reference, setup.exact)
-    contract.check(name, ours, plain, setup.inputs, truth, reps)
+    # For one token torch sums in a matrix-vector routine: in float32 that order shows.
+    exact = setup.x.shape[0] == 1 and setup.lora_A.dtype == FP32
+    factor = 2.0 if exact else contract.RMS_FACTOR
+    contract.check(name, ours, plain, setup.inputs, truth, reps=1, rms_factor=factor)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(
     ("shape", "quant"),
     [
-        ((1, 64, 64, 16), ("nf4", 64, True)),
+        ((1, 64, 64, 64), ("nf4", 64, True)),
         ((3, 17, 129, 3), ("fp4", 64, False)),  # rows share bytes
         ((17, 33, 96, 17), ("fp4", 32, True)),
         ((33, 129, 64, 8), ("nf4", 4096, True)),  # one block covers many rows
@@ -92,56 +94,52 @@ def test_contract(
     pair: tuple[torch.dtype, torch.dtype],
     device: str,
 ) -> None:
-    check(Setup(*shape, *pair, quant, device), f"{shape} {pair} {quant}", reps=1)
+    check(Setup(*shape, *pair, quant, device), f"{shape} {pair} {quant}")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_long_sum_is_split(dtype: torch.dtype, device: str) -> None:
-    check(Setup(2, 48, 1024, 16, dtype, dtype, device=device), "split", reps=2)
-    check(Setup(2, 1000, 64, 4, dtype, dtype, device=device), "split backward", reps=2)
+    check(Setup(3, 48, 512, 32, dtype, dtype, device=device), "split")
+    check(Setup(3, 512, 64, 32, dtype, dtype, device=device), "split backward")
 
 
-@pytest.mark.parametrize("m", [16, 32, 64, 128])
+@pytest.mark.parametrize("m", [16, 31, 32, 63, 64, 127, 128])
 def test_every_tile(m: int, device: str) -> None:
-    check(Setup(m, 80, 128, 20, device=device), f"M={m}", reps=1)
-    check(Setup(m - 1, 65, 64, 5, device=device), f"M={m - 1}", reps=1)
+    check(Setup(m, 65, 64, 20, device=device), f"M={m}")
 
 
 @pytest.mark.parametrize("m", [4, 200])
 def test_dense_weight(m: int, device: str) -> None:
-    check(Setup(m, 33, 50, 4, quant=None, device=device), "dense", reps=1)
+    check(Setup(m, 33, 50, 4, quant=None, device=device), "dense")
 
 
 def test_layouts(device: str) -> None:
-    setup = Setup(5, 32, 64, 3, device=device)
-    contract.check_layouts("layouts", both(backend, setup.weight), setup.inputs, [0, 2, 3, 4])
+    setup = Setup(3, 16, 32, 2, device=device)
+    run = both(backend, setup.weight)
+    contract.check_layouts("y, dx", lambda *t: run(*t)[:2], setup.inputs, [0, 2, 3, 4])
+    contract.check_layouts("dA, dB", lambda *t: run(*t)[2:], setup.inputs, [0, 4], exact=False)
 
 
 @pytest.mark.parametrize("pair", [(BF16, BF16), (FP32, FP32)])
 def test_not_finite(pair: tuple[torch.dtype, torch.dtype], device: str) -> None:
-    setup = Setup(5, 32, 64, 3, *pair, device=device)
+    setup = Setup(3, 16, 32, 2, *pair, device=device)
     ours, plain = both(backend, setup.weight), both(reference, setup.weight)
     contract.check_not_finite("not finite", ours, plain, setup.inputs, range(5))
 
 
-@pytest.fixture
-def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[contract.Canary]]:
-    """Put every `torch.empty` of a launcher between guard bytes."""
-    made: list[contract.Canary] = []
+@pytest.mark.parametrize("m", [3, 130])
+def test_writes_stay_inside(m: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `torch.empty` of the launchers lies between guard bytes."""
+    setup = Setup(m, 65, 33, 5, device=device)
+    canaries: list[contract.Canary] = []
 
     def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        made.append(contract.Canary(shape, dtype, str(device)))
-        return made[-1].tensor
+        canaries.append(contract.Canary(shape, dtype, str(device)))
+        return canaries[-1].tensor
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        yield made
-
-
-@pytest.mark.parametrize("m", [3, 130])
-def test_writes_stay_inside(m: int, device: str, canaries: list[contract.Canary]) -> None:
-    setup = Setup(m, 65, 33, 5, device=device)
-    both(backend, setup.weight)(*setup.inputs)
+        both(backend, setup.weight)(*setup.inputs)
     assert len(canaries) >= 2
     for canary in canaries:
         canary.check()
@@ -154,8 +152,8 @@ def test_without_adapter_and_bias(m: int, device: str) -> None:
     expected = setup.x.double() @ setup.exact.data.t()
     assert s.shape == (0,)
     assert s.dtype == FP32
-    contract.compare("y", y, reference.lora_linear(setup.x, setup.weight, *[None] * 3, 1.0)[0],
-                     expected)  # fmt: skip
+    plain, _ = reference.lora_linear(setup.x, setup.weight, None, None, None, 1.0)
+    contract.compare("y", y, plain, expected)
     args = (setup.dy, None, None, setup.weight, None, None, 1.0, True, False)
     dx, dA, dB = backend.lora_linear_backward(*args)
     assert dA.numel() == dB.numel() == 0

@@ -20,5 +20,6 @@ def quantized(
         absmax = absmax.to(device)
         return StoredWeight(data.to(device), absmax, None, 0.0, quant_type, blocksize)
     codes, nested, offset = formats.quantize_absmax(absmax)
-    tensors = [t.to(device) for t in (data, codes, nested)]
-    return StoredWeight(*tensors, offset, quant_type, blocksize)
+    return StoredWeight(
+        data.to(device), codes.to(device), nested.to(device), offset, quant_type, blocksize
+    )

@@ -19,7 +19,7 @@ from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
 from fastlora.train.output import free_directory, staged_directory
 
-SHORT = ["--steps", "3", "--batch-size", "2", "--sequence-length", "64", "--rank", "4"]
+SHORT = ["--steps", "12", "--batch-size", "2", "--sequence-length", "64", "--rank", "4"]
 
 
 class Run(NamedTuple):
@@ -48,14 +48,14 @@ def test_writes_the_adapter_and_a_record(run: Run) -> None:
     assert names == {"adapter_config.json", "adapter_model.safetensors", "run.json"}
     assert [p.name for p in run.directory.parent.iterdir()] == [run.directory.name]
     record = json.loads((run.directory / "run.json").read_text(encoding="utf-8"))
-    assert record["options"]["steps"] == 3
+    assert record["options"]["steps"] == 12
     assert record["peak_memory_bytes"] > 50e6
     assert record["held_out_loss"]["tuned"] < record["held_out_loss"]["base"]
 
 
 def test_prints_what_happened(run: Run) -> None:
     text = " ".join(run.printed.split())
-    for part in ("q_proj", "nf4", "3/3", "perplexity", "tokens per second", "MiB", "PeftModel"):
+    for part in ("q_proj", "nf4", "12/12", "perplexity", "tokens per second", "MiB", "PeftModel"):
         assert part in text, part
     assert str(run.directory) in run.printed.replace("\n", "")
 

@@ -1,0 +1,22 @@
+# Thin: each target is a command or two. VENV=dir, PYTHON=python3.12 and TORCH='torch==2.13.0' choose others.
+VENV ?= .venv
+BIN = $(VENV)/bin
+export VENV HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart test check bench install-train install-dev
+
+quickstart: install-train  ## fine-tune the bundled model on this machine
+	$(BIN)/fastlora quickstart
+
+test: install-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: install-dev  ## lint, types, and every GPU kernel compiled ahead of time by the oldest and newest triton
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	.ci/aot 3.4.0 && .ci/aot 3.9.0
+
+bench: install-dev  ## the CPU benchmarks, appended to bench/results
+	$(BIN)/python -m bench.linear && $(BIN)/python -m bench.linear --memory
+
+install-train install-dev: install-%:
+	@.ci/venv $*
