@@ -7,14 +7,14 @@ namespace FASTLORA_ISA {
 template <class T>
 void forward(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const float* bias,
              const fastlora_lora& lora, float* s, T* y, int threads) {
-  if (lora.r) {
-    const float* a = static_cast<const float*>(lora.a);
-    if (lora.dtype != FASTLORA_F32) {
-      auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * w.k * sizeof(float)));
-      widen(static_cast<const bf16*>(lora.a), lora.r, w.k, wide);
-      a = wide;
-    }
-    project(x, ldx, m, a, lora.r, w.k, 1.0f, s, threads);
+  if (lora.r && lora.dtype == FASTLORA_F32) {
+    project(x, ldx, m, static_cast<const float*>(lora.a), lora.r, w.k, 1.0f, s, threads);
+  } else if (lora.r && m <= FEW_TOKENS) {
+    project(x, ldx, m, static_cast<const bf16*>(lora.a), lora.r, w.k, 1.0f, s, threads);
+  } else if (lora.r) {  // worth widening once
+    auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * w.k * sizeof(float)));
+    widen(static_cast<const bf16*>(lora.a), lora.r, w.k, wide);
+    project(x, ldx, m, wide, lora.r, w.k, 1.0f, s, threads);
   }
   if (few_tokens<T>(w, m))
     gemv(Gemv<T>{x, ldx, m, w, bias, lora, s, y, threads});

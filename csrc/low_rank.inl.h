@@ -4,12 +4,12 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-constexpr int64_t FEW_PRODUCTS = 1 << 17;  // below this one thread is done before another has woken
+constexpr int64_t FEW_PRODUCTS = 1 << 14;  // below this one thread is done before another has woken
 
 // Scalar products of MR rows of x with JR rows of a; sums of DOT_RUN vectors are added to totals.
 constexpr int64_t DOT_RUN = (VW == 4 ? 8 : 32) * VW;
-template <int MR, int JR, class X>
-inline void dots(const X* x, int64_t ldx, const float* a, int64_t k, float scale, float* out, int64_t ldo) {
+template <int MR, int JR, class X, class L>
+inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, float* out, int64_t ldo) {
   vf total[MR][JR];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < JR; ++j) total[i][j] = vzero();
@@ -35,8 +35,8 @@ inline void dots(const X* x, int64_t ldx, const float* a, int64_t k, float scale
 }
 
 // out (m, r) = scale * x (m, k) a (r, k)^T
-template <class X>
-inline void project(const X* x, int64_t ldx, int64_t m, const float* a, int64_t r, int64_t k, float scale, float* out,
+template <class X, class L>
+inline void project(const X* x, int64_t ldx, int64_t m, const L* a, int64_t r, int64_t k, float scale, float* out,
                     int threads) {
   constexpr int MR = VW == 16 ? 3 : 1, JR = 8;
 #pragma omp parallel for collapse(2) num_threads(m * r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)

@@ -32,7 +32,7 @@ class QuickstartOptions:
         ValueError: an option out of range.
     """
 
-    steps: int = 200
+    steps: int = 150
     rank: int = 16
     method: str = "lora"
     quantize: str = "nf4"
@@ -41,7 +41,7 @@ class QuickstartOptions:
     seed: int = 0
     batch_size: int = 8
     sequence_length: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 5e-3
     backend: str = "auto"
 
     def __post_init__(self) -> None:
