@@ -34,7 +34,7 @@ from fastlora.train.options import QuickstartOptions
 from fastlora.train.output import free_directory, staged_directory
 
 SAMPLE_TOKENS = 80
-PROMPT_CHARACTERS = 200
+PROMPT_CHARACTERS = 100
 
 
 class Refusal(Exception):
@@ -136,7 +136,7 @@ class Quickstart:
             f"the standard library's source) on the language reference of Python "
             f"{platform.python_version()}: {self.windows.numel():,} tokens, "
             f"{self.held_out.numel():,} held out ({', '.join(self.held_out_topics)}). "
-            f"{torch.get_num_threads()} threads.",
+            f"Threads: {torch.get_num_threads()}.",
             highlight=False,
             soft_wrap=True,
         )
@@ -231,8 +231,8 @@ def _show_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def _prompt(text: str) -> str:
-    """Return the first lines of `text`, about `PROMPT_CHARACTERS` long."""
-    end = text.find("\n", PROMPT_CHARACTERS)
+    """Return the first paragraphs of `text`, at least `PROMPT_CHARACTERS` long."""
+    end = text.find("\n\n", PROMPT_CHARACTERS)
     return text if end < 0 else text[:end]
 
 
