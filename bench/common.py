@@ -61,13 +61,15 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = info.read_text().splitlines()
-        name = next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), name)
+        name = next(
+            (ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), name
+        )
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def facts(device: str) -> dict[str, Any]:
     """Where and with what a benchmark ran: written into every result."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "bitsandbytes", "peft", "transformers"):
         try:
             packages[name] = version(name)
@@ -77,7 +79,7 @@ def facts(device: str) -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     where = processor() if device == "cpu" else torch.cuda.get_device_name()
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    facts = {"date": now, "commit": commit, "device": where, **packages}
+    facts: dict[str, Any] = {"date": now, "commit": commit, "device": where, **packages}
     if device == "cpu":
         from fastlora_kernels import native
 

@@ -1,7 +1,9 @@
-"""A LoRA linear, alone: fastlora against dense torch, PEFT, and PEFT on bitsandbytes, interleaved in one process.
+"""A LoRA linear alone: fastlora against dense torch, PEFT, and PEFT on bitsandbytes.
 
-    python -m bench.linear                     # the table, appended to bench/results/linear-cpu.jsonl
-    python -m bench.linear --memory            # peak extra memory of forward + backward instead of time
+All variants are interleaved in one process.
+
+python -m bench.linear                     # the table, appended to bench/results/linear-cpu.jsonl
+python -m bench.linear --memory            # peak extra memory of forward + backward instead of time
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,10 +48,12 @@ class Layer:
         self.run, self.parameters = run, parameters
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output, as in inference."""
         with torch.no_grad():
             return self.run(x)
 
     def train(self, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of x and the parameters."""
         y = self.run(x)
         return torch.autograd.grad(y, [x, *self.parameters], dy)
 
@@ -121,7 +126,7 @@ def build(
 
 
 def check(layers: dict[str, Layer], x: Tensor) -> None:
-    """A wrong result is not worth timing: each 4-bit (or dense) variant must agree with its peer."""
+    """A wrong result is not worth timing: ours must agree with PEFT's."""
     for left, right in (("peft", "fastlora dense"), ("peft+bnb", "fastlora nf4")):
         if left in layers and right in layers:
             want, got = layers[left].forward(x).float(), layers[right].forward(x).float()
@@ -142,16 +147,17 @@ def time_shape(name: str, tokens: list[int], args: argparse.Namespace) -> list[d
             dy = torch.randn(m, n, device=args.device).to(dtype)
             check(layers, x)
             x.requires_grad_(train)
-            runs = {
-                v: (lambda layer=layer: layer.train(x, dy)) if train else (lambda layer=layer: layer.forward(x))
-                for v, layer in layers.items()
-            }
+            runs = {v: partial(_run, layer, x, dy, train) for v, layer in layers.items()}
             times = common.interleaved(runs, args.seconds, args.device)
             for variant, series in times.items():
                 row = {"shape": name, "N": n, "K": k, "M": m, "pass": mode, "variant": variant}
                 rows.append({**row, "rounds": len(series), **common.summary(series)})
             show(rows[-len(layers) :])
     return rows
+
+
+def _run(layer: Layer, x: Tensor, dy: Tensor, train: bool) -> object:
+    return layer.train(x, dy) if train else layer.forward(x)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -168,7 +174,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def extra_memory(name: str, m: int, variant: str, args: argparse.Namespace) -> int:
-    """Peak bytes of one forward + backward beyond its inputs and outputs (this process is for it alone)."""
+    """Peak bytes of one forward + backward beyond its inputs and outputs."""
     n, k = SHAPES[name]
     makers = build(n, k, torch.bfloat16, getattr(torch, args.adapter_dtype), "cpu", True)
     layer = makers[variant]()
@@ -193,18 +199,32 @@ def _status(field: str) -> int:
 def memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak extra memory of every shape and variant, each in a process of its own."""
     rows = []
-    print(f"{'shape':<11}{'M':>5}{'weight':>10}" + "".join(f"{v:>16}" for v in args.variants) + "   MiB")
+    print(
+        f"{'shape':<11}{'M':>5}{'weight':>10}"
+        + "".join(f"{v:>16}" for v in args.variants)
+        + "   MiB"
+    )
     for name in args.shapes:
         n, k = SHAPES[name]
         for m in args.tokens:
             cells = []
             for variant in args.variants:
-                command = [sys.executable, "-m", "bench.linear", "--one-memory", name, str(m), variant]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.linear",
+                    "--one-memory",
+                    name,
+                    str(m),
+                    variant,
+                ]
                 command += ["--adapter-dtype", args.adapter_dtype]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 size = int(json.loads(out.splitlines()[-1]))
                 cells.append(size)
-                rows.append({"shape": name, "N": n, "K": k, "M": m, "variant": variant, "bytes": size})
+                rows.append(
+                    {"shape": name, "N": n, "K": k, "M": m, "variant": variant, "bytes": size}
+                )
             line = "".join(f"{size / 2**20:>16.2f}" for size in cells)
             print(f"{name:<11}{m:>5}{2 * n * k / 2**20:>10.2f}{line}", flush=True)
     return rows
@@ -235,12 +255,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory:
         rows, kind = memory_table(args), "linear-memory"
     else:
-        print(f"{'shape':<11}{'pass':<17}{'M':>5}" + "".join(f"{v[-9:]:>10}" for v in VARIANTS), end="")
+        print(
+            f"{'shape':<11}{'pass':<17}{'M':>5}" + "".join(f"{v[-9:]:>10}" for v in VARIANTS),
+            end="",
+        )
         print("   nf4 against: dense, dense+lora, peft+bnb (median ms)")
         rows, kind = [r for s in args.shapes for r in time_shape(s, args.tokens, args)], "linear"
     if not args.no_write:
         extra = {"bench": kind, "adapter_dtype": args.adapter_dtype, **facts}
-        print(f"appended to {common.append(f'{kind}-{args.device}', [{**extra, **r} for r in rows])}")
+        print(
+            f"appended to {common.append(f'{kind}-{args.device}', [{**extra, **r} for r in rows])}"
+        )
     return 0
 
 

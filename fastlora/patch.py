@@ -59,9 +59,9 @@ def patch_model(
     With a config its targets get adapters, and all other parameters are frozen. `quantize` stores
     every nn.Linear in 4 bits, targets or not, but the output head (`get_output_embeddings()`); a
     model that does not know its head gets 4-bit weights only in the targets, or, without a config,
-    in every nn.Linear. Without a config nothing else is frozen. Weights that two modules share are left alone unless
-    `target_modules` names them, and are never quantised. Everything is checked first: after an
-    error the model is as it was.
+    in every nn.Linear. Without a config nothing else is frozen. Weights that two modules share are
+    left alone unless `target_modules` names them, and are never quantised. Everything is checked
+    first: after an error the model is as it was.
 
     Args:
         model: any nn.Module that contains nn.Linear modules.

@@ -204,7 +204,9 @@ def test_quantize_packs_the_whole_base_but_the_head() -> None:
     assert len(packed) == 14 and len(adapted) == 2
     assert type(model.lm_head) is nn.Linear
     # a model that does not know its head: only what is named
-    other = patch_model(plain(), LoraConfig(r=4, target_modules=["up"]), quantize="nf4", **REFERENCE)
+    other = patch_model(
+        plain(), LoraConfig(r=4, target_modules=["up"]), quantize="nf4", **REFERENCE
+    )
     assert patched_names(other) == ["blocks.0.up", "blocks.1.up"]
 
 

@@ -1,4 +1,4 @@
-"""The C++ CPU kernels: AMX, AVX-512 (with bf16 dot), AVX2 and a portable baseline, chosen at run time."""
+"""The C++ CPU kernels: AMX, AVX-512, AVX2 or a portable baseline, chosen at run time."""
 
 from __future__ import annotations
 

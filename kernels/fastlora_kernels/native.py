@@ -123,7 +123,9 @@ def library() -> ctypes.CDLL:
         function.argtypes, function.restype = argtypes, restype
     csrc = Path(__file__).resolve().parents[2] / "csrc"
     if csrc.is_dir() and (built := lib.fastlora_source_id().decode()) != source_id(csrc):
-        raise ImportError(f"{path} was built from another source than {csrc} ({built}): {_REBUILD}.")
+        raise ImportError(
+            f"{path} was built from another source than {csrc} ({built}): {_REBUILD}."
+        )
     wanted = os.environ.get("FASTLORA_CPU_ISA")
     if wanted and lib.fastlora_set_isa(wanted.encode()) != 0:
         raise ImportError(
@@ -146,7 +148,9 @@ def set_isa(name: str) -> None:
         ValueError: the name is unknown or this CPU lacks it.
     """
     if library().fastlora_set_isa(name.encode()) != 0:
-        raise ValueError(f"isa must be one of {ISAS} that this CPU has, got {name!r}; use {isa()!r}.")
+        raise ValueError(
+            f"isa must be one of {ISAS} that this CPU has, got {name!r}; use {isa()!r}."
+        )
 
 
 def _describe(weight: StoredWeight, n: int, k: int) -> _Weight:
@@ -179,7 +183,9 @@ def _contiguous(weight: StoredWeight) -> StoredWeight:
     return weight._replace(data=data, absmax=absmax, nested_absmax=nested)
 
 
-def _adapter(a: Tensor | None, b: Tensor | None, scaling: float) -> tuple[_Lora, Tensor | None, Tensor | None]:
+def _adapter(
+    a: Tensor | None, b: Tensor | None, scaling: float
+) -> tuple[_Lora, Tensor | None, Tensor | None]:
     """The C view of an adapter and the tensors that must outlive it."""
     if a is None or b is None:
         return _Lora(0, 0, 0.0, None, None), None, None

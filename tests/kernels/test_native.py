@@ -1,4 +1,4 @@
-"""The C++ kernels against the contract: every instruction set of this CPU, format, dtype and odd shape."""
+"""The C++ kernels against the contract: each instruction set, format, dtype and odd shape."""
 
 from __future__ import annotations
 
@@ -64,10 +64,19 @@ def stored(n: int, k: int, dtype: torch.dtype, kind: str) -> StoredWeight:
     return quantize_4bit(weight, quant_type, int(blocksize), double == "double").stored()
 
 
-KINDS = ["nf4-64-double", "nf4-64-single", "fp4-64-double", "nf4-32-double", "nf4-512-single", "dense"]
+KINDS = [
+    "nf4-64-double",
+    "nf4-64-single",
+    "fp4-64-double",
+    "nf4-32-double",
+    "nf4-512-single",
+    "dense",
+]
 
 
-def operands(shape: tuple[int, int, int, int], dtype: torch.dtype, adapter: torch.dtype) -> list[Tensor]:
+def operands(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter: torch.dtype
+) -> list[Tensor]:
     m, n, k, r = shape
     sizes = ((m, k), (m, n), (n,), (r, k), (n, r))
     scales = (1.0, 1.0, 1.0, k**-0.5, 1.0)
@@ -170,7 +179,7 @@ def test_nothing_is_written_outside(isa: str) -> None:
     """Outputs one row short of a panel, between guard bytes."""
     for m in (1, 7, 16, 40):
         weight = stored(50, 200, torch.bfloat16, "nf4-64-double")
-        x, dy, _, a, b = operands((m, 50, 200, 3), torch.bfloat16, torch.float32)
+        x, _, _, a, b = operands((m, 50, 200, 3), torch.bfloat16, torch.float32)
         canary = contract.Canary((m, 50), torch.bfloat16)
         _, s = backend.lora_linear(x, weight, None, a, b, 1.0)
         out = _into(canary.tensor, x, weight, a, b)

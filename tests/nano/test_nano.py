@@ -55,13 +55,10 @@ def test_is_a_small_llama_with_tied_embeddings() -> None:
     assert tokenizer.eos_token_id == model.config.eos_token_id
 
 
-def test_predicts_files_it_never_saw() -> None:
-    assert _perplexity(_source().held_out, 16_384) < HELD_OUT_PERPLEXITY
-
-
-def test_predicts_the_reference_less_well_than_source() -> None:
-    unseen = _perplexity(corpus.reference().held_out, 8_192)
-    assert _perplexity(_source().held_out, 8_192) < unseen < REFERENCE_PERPLEXITY
+def test_predicts_held_out_source_better_than_the_reference() -> None:
+    source = _perplexity(_source().held_out, 8_192)
+    reference = _perplexity(corpus.reference().held_out, 8_192)
+    assert source < HELD_OUT_PERPLEXITY < reference < REFERENCE_PERPLEXITY
 
 
 def test_sample_depends_on_the_seed_alone() -> None:

@@ -17,9 +17,10 @@ import torch
 from fastlora import cli
 from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
+from fastlora.train import quickstart
 from fastlora.train.output import free_directory, staged_directory
 
-SHORT = ["--steps", "12", "--batch-size", "2", "--sequence-length", "64", "--rank", "4"]
+SHORT = ["--steps", "8", "--batch-size", "2", "--sequence-length", "64", "--rank", "4"]
 
 
 class Run(NamedTuple):
@@ -38,8 +39,12 @@ def _status(patch: pytest.MonkeyPatch, *arguments: str) -> int:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     directory = tmp_path_factory.mktemp("quickstart") / "new" / "run"
     printed = io.StringIO()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(quickstart, "SAMPLE_TOKENS", 8)
         assert _status(patch, "quickstart", *SHORT, "--output", str(directory)) == 0
+    torch.set_num_threads(threads)
     return Run(directory, printed.getvalue())
 
 
@@ -48,14 +53,14 @@ def test_writes_the_adapter_and_a_record(run: Run) -> None:
     assert names == {"adapter_config.json", "adapter_model.safetensors", "run.json"}
     assert [p.name for p in run.directory.parent.iterdir()] == [run.directory.name]
     record = json.loads((run.directory / "run.json").read_text(encoding="utf-8"))
-    assert record["options"]["steps"] == 12
+    assert record["options"]["steps"] == 8
     assert record["peak_memory_bytes"] > 50e6
     assert record["held_out_loss"]["tuned"] < record["held_out_loss"]["base"]
 
 
 def test_prints_what_happened(run: Run) -> None:
     text = " ".join(run.printed.split())
-    for part in ("q_proj", "nf4", "12/12", "perplexity", "tokens per second", "MiB", "PeftModel"):
+    for part in ("q_proj", "nf4", "8/8", "perplexity", "tokens per second", "MiB", "PeftModel"):
         assert part in text, part
     assert str(run.directory) in run.printed.replace("\n", "")
 
@@ -173,6 +178,7 @@ def test_interrupted_training_leaves_nothing(
 
     monkeypatch.setattr(causal_lm, "finetune", interrupt)
     monkeypatch.setattr(causal_lm, "sample", lambda *_: "")
+    monkeypatch.setattr(causal_lm, "mean_loss", lambda *_: 1.0)
     output = tmp_path / "new" / "run"
     assert _status(monkeypatch, "quickstart", *SHORT, "--output", str(output)) == 130
     assert list(tmp_path.iterdir()) == []

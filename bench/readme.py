@@ -1,0 +1,99 @@
+"""Write the figures of the README from bench/results: ``python -m bench.readme [--check]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- figures: written by `python -m bench.readme` from bench/results -->\n"
+END = "<!-- end of figures -->"
+Row = dict[str, Any]
+
+
+def latest(name: str) -> list[Row]:
+    """The rows of the newest run in a results file."""
+    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def speed(rows: list[Row]) -> list[str]:
+    """A table of medians and ratios: one line per shape, pass and number of tokens."""
+    cells: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        key = (row["shape"], row["pass"], row["M"])
+        cells.setdefault(key, {})[row["variant"]] = row["ms_p50"]
+    sizes = {row["shape"]: f"{row['N']} x {row['K']}" for row in rows}
+    lines = [
+        "| layer, N x K | tokens | pass | dense torch | dense + LoRA | PEFT + bnb nf4"
+        " | fastlora nf4 | to dense | to dense + LoRA | to PEFT + bnb |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (shape, mode, m), ms in cells.items():
+        wanted = m in (1, 16, 64) if mode == "forward" else m in (256, 1024)
+        if not wanted:
+            continue
+        ours = ms["fastlora nf4"]
+        peers = [ms[name] for name in ("dense", "dense+lora", "peft+bnb")]
+        times = " | ".join(f"{value:.2f}" for value in [*peers, ours])
+        ratios = " | ".join(f"{value / ours:.2f}" for value in peers)
+        lines.append(f"| {shape}, {sizes[shape]} | {m} | {mode} | {times} | {ratios} |")
+    return lines
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Peak extra bytes of the largest batch, per shape."""
+    most = max(row["M"] for row in rows)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    table = {(r["shape"], r["variant"]): r["bytes"] for r in rows if r["M"] == most}
+    lines = [
+        f"| layer | dense bf16 weight | {' | '.join(variants)} |",
+        "|---" * (len(variants) + 2) + "|",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        row = next(row for row in rows if row["shape"] == shape)
+        sizes = [2 * row["N"] * row["K"], *(table[shape, variant] for variant in variants)]
+        lines.append(f"| {shape} | {' | '.join(f'{size / 2**20:.1f}' for size in sizes)} |")
+    return lines
+
+
+def figures() -> str:
+    """The section as it should stand."""
+    runs, extra = latest("linear-cpu"), latest("linear-memory-cpu")
+    first = runs[0]
+    where = (
+        f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
+        f" {first['bitsandbytes']}, PEFT {first['peft']}; bf16, adapters {first['adapter_dtype']},"
+        f" r = 16, NF4 double-quantised; commit {first['commit']}"
+    )
+    parts = [
+        f"One LoRA linear, all variants interleaved in one process, medians in ms (`python -m"
+        f" bench.linear`). {where}. The last three columns are how many times faster fastlora is.",
+        "\n".join(speed(runs)),
+        "Peak extra memory of one forward + backward beyond its inputs and outputs, MiB, at"
+        f" {max(row['M'] for row in extra)} tokens (`python -m bench.linear --memory`):",
+        "\n".join(memory(extra)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Replace the section, or with --check say whether it is up to date."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    if "--check" in sys.argv:
+        if new != text:
+            print("README.md is not what bench/results says: run `python -m bench.readme`.")
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
