@@ -9,6 +9,7 @@ python -m bench.linear --memory            # peak extra memory of forward + back
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -183,6 +184,7 @@ def extra_memory(name: str, m: int, variant: str, args: argparse.Namespace) -> i
     warm[variant]().train(tiny, torch.randn(1, 64).bfloat16())  # libraries loaded, threads started
     x = torch.randn(m, k).bfloat16().requires_grad_()
     dy = torch.randn(m, n).bfloat16()
+    ctypes.CDLL(None).malloc_trim(0)  # so that no freed memory is used again unseen
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts again from here
     before = _status("VmRSS")
