@@ -1,7 +1,8 @@
 # Thin: each target is a command or two. VENV=dir, PYTHON=python3.12 and TORCH='torch==2.13.0' choose others.
 VENV ?= .venv
 BIN = $(VENV)/bin
-export VENV HF_HUB_OFFLINE = 1
+export VENV
+export HF_HUB_OFFLINE = 1
 
 .PHONY: quickstart test check bench install-train install-dev
 
