@@ -65,6 +65,9 @@ def _app() -> "typer.Typer":
         backend: Annotated[
             str, typer.Option(help="auto, or the name of one backend.")
         ] = Options.backend,
+        threads: Annotated[
+            int, typer.Option(help="CPU threads; 0: the fastest in a short trial.")
+        ] = Options.threads,
     ) -> None:
         """Fine-tune the bundled model with QLoRA, on a CPU, in under two minutes."""
         from fastlora.train import quickstart as job
@@ -82,6 +85,7 @@ def _app() -> "typer.Typer":
                 sequence_length=sequence_length,
                 learning_rate=learning_rate,
                 backend=backend,
+                threads=threads,
             )
         except job.Refusal as refusal:
             _refuse(str(refusal))

@@ -27,6 +27,7 @@ class QuickstartOptions:
         sequence_length: tokens per window, at most the model's context.
         learning_rate: peak of the schedule.
         backend: "auto" or the name of one of fastlora's backends.
+        threads: CPU threads; 0 measures which number is the fastest now.
 
     Raises:
         ValueError: an option out of range.
@@ -43,11 +44,14 @@ class QuickstartOptions:
     sequence_length: int = 256
     learning_rate: float = 5e-3
     backend: str = "auto"
+    threads: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if not 0 <= self.seed < 2**32:

@@ -32,6 +32,7 @@ from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
 from fastlora.train.options import QuickstartOptions
 from fastlora.train.output import free_directory, staged_directory
+from fastlora.train.threads import fastest_threads
 
 SAMPLE_TOKENS = 80
 PROMPT_CHARACTERS = 100
@@ -102,6 +103,7 @@ class Quickstart:
 
     def run(self, console: Console, directory: Path) -> None:
         """Fine-tune, print what happened, and write the adapter and `run.json` to `directory`."""
+        self._set_threads()
         base, _ = self._load()
         self._introduce(console, base)
         base_loss, before = self._loss(base), self._sample(base)
@@ -116,6 +118,14 @@ class Quickstart:
 
     def _load(self) -> tuple[Any, Any]:
         return causal_lm.load(MODEL_DIR, torch.bfloat16, self.options.device)
+
+    def _set_threads(self) -> None:
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        elif self.options.device == "cpu":
+            window = self.windows[:2]
+            fastest_threads(lambda: self.model(input_ids=window, labels=window).loss.backward())
+            self.model.zero_grad()
 
     def _loss(self, model: Any) -> float:
         return causal_lm.mean_loss(model, self.held_out, self.options.sequence_length)

@@ -110,11 +110,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def without_infinities(value):
+    """Return `value` with zeros in place of infinities; NaN stays."""
+    return tl.where(tl.abs(value.to(tl.float32)) == float("inf"), 0.0, value).to(value.dtype)
+
+
+@triton.jit
 def split_bf16(value):
     """Return bfloat16 (high, low) whose sum is `value` to 16 bits; an infinity has no low part."""
     high = value.to(tl.bfloat16)
-    rest = value.to(tl.float32) - high.to(tl.float32)
-    low = tl.where(tl.abs(high.to(tl.float32)) == float("inf"), 0.0, rest)
+    low = without_infinities(value).to(tl.float32) - without_infinities(high).to(tl.float32)
     return high, low.to(tl.bfloat16)
 
 
@@ -124,14 +129,16 @@ def low_rank_dot(low, factor, acc, EXACT: tl.constexpr):
 
     EXACT multiplies in float32. Otherwise each operand is split into two bfloat16 parts, which
     keeps 16 bits of it: far more than the 16-bit result shows, at the speed of matrix instructions.
+    An infinity counts in the product of the high parts alone: elsewhere its sign could be wrong.
     """
     if EXACT:
         return dot(low, factor.to(tl.float32), acc)
     else:
         high, rest = split_bf16(low)
         if factor.dtype == tl.bfloat16:
-            return dot(rest, factor, dot(high, factor, acc))
+            return dot(rest, without_infinities(factor), dot(high, factor, acc))
         else:
             factor_high, factor_rest = split_bf16(factor)
-            acc = dot(rest, factor_high, dot(high, factor_high, acc))
-            return dot(high, factor_rest, acc)
+            acc = dot(high, factor_high, acc)
+            acc = dot(rest, without_infinities(factor_high), acc)
+            return dot(without_infinities(high), factor_rest, acc)

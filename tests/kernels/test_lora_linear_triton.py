@@ -82,8 +82,8 @@ def check(setup: Setup, name: str) -> None:
     [
         ((1, 64, 64, 64), ("nf4", 64, True)),
         ((3, 17, 129, 3), ("fp4", 64, False)),  # rows share bytes
-        ((17, 33, 96, 17), ("fp4", 32, True)),
-        ((33, 129, 64, 8), ("nf4", 4096, True)),  # one block covers many rows
+        ((17, 33, 128, 17), ("fp4", 32, True)),
+        ((33, 129, 96, 8), ("nf4", 4096, True)),  # one block covers many rows
         ((65, 70, 30, 1), ("nf4", 64, False)),  # rows share blocks
         ((129, 3, 128, 2), ("nf4", 128, True)),  # above the crossover
     ],
@@ -125,6 +125,22 @@ def test_not_finite(pair: tuple[torch.dtype, torch.dtype], device: str) -> None:
     setup = Setup(3, 16, 32, 2, *pair, device=device)
     ours, plain = both(backend, setup.weight), both(reference, setup.weight)
     contract.check_not_finite("not finite", ours, plain, setup.inputs, range(5))
+
+
+@pytest.mark.parametrize("adapter", [BF16, FP32])
+def test_infinity_stays_infinite(adapter: torch.dtype, device: str) -> None:
+    """All terms are positive: an infinite x makes its row infinite, not NaN, and B its column."""
+    setup = Setup(3, 32, 64, 4, BF16, adapter, ("nf4", 64, False), device)
+    weight = setup.weight._replace(data=torch.full_like(setup.weight.data, 0xFF))
+    x = setup.x.abs()
+    x[1, 5] = float("inf")
+    b = setup.lora_B.abs()
+    b[7, 2] = float("inf")
+    y, _ = backend.lora_linear(x, weight, None, setup.lora_A.abs(), b, SCALING)
+    infinite = torch.zeros_like(y, dtype=torch.bool)
+    infinite[1] = infinite[:, 7] = True
+    assert torch.equal(torch.isposinf(y), infinite)
+    assert torch.equal(torch.isfinite(y), ~infinite)
 
 
 @pytest.mark.parametrize("m", [3, 130])
@@ -191,12 +207,12 @@ def test_only_what_is_needed(m: int, device: str) -> None:
         backend.lora_linear_backward(setup.dy, None, s, weight, a, b, SCALING, False, True)
 
 
-def test_row_stride_beyond_int32(tmp_path: Path, device: str) -> None:
-    """Rows 2**31 elements apart, over a file with holes: an int32 offset would wrap around."""
+def test_offsets_beyond_int32(tmp_path: Path, device: str) -> None:
+    """Rows 2**30 elements apart, over a file with holes: an int32 offset would wrap around."""
     if device != "cpu":
         pytest.skip("maps a file into the memory of the CPU")
     setup = Setup(3, 32, 64, 2, device=device)
-    stride, path = 2**31 + 64, tmp_path / "sparse"
+    stride, path = 2**30 + 64, tmp_path / "sparse"
     size = 2 * stride + 64
     with path.open("wb") as file:
         file.truncate(2 * size)

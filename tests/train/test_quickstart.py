@@ -84,6 +84,7 @@ def test_peft_loads_the_adapter(run: Run) -> None:
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--sequence-length", "1"], "sequence_length must be at least 2, got 1"),
         (["--sequence-length", "513"], "the model's context of 512 tokens, got 513"),
+        (["--threads", "-1"], "threads must be at least 0, got -1"),
         (["--seed", "-1"], "seed must be between 0 and 2**32 - 1, got -1"),
         (["--learning-rate", "nan"], "learning_rate must be finite and > 0, got nan"),
         (["--method", "magic"], "method must be one of lora, got 'magic'"),
