@@ -14,7 +14,7 @@ test: install-dev  ## the whole test suite
 
 check: install-dev  ## lint, types, and every GPU kernel compiled ahead of time by the oldest and newest triton
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	.ci/aot 3.4.0 && .ci/aot 3.9.0
+	PYTHON=$(BIN)/python .ci/aot 3.4.0 && PYTHON=$(BIN)/python .ci/aot 3.9.0
 
 bench: install-dev  ## the CPU benchmarks, appended to bench/results
 	$(BIN)/python -m bench.linear && $(BIN)/python -m bench.linear --memory
