@@ -50,7 +50,7 @@ TILES_16BIT = {
 TILE_FLOAT32 = Tile(16, 32, 32, 4, 2)
 TILE_RAGGED = Tile(16, 32, 32, 4, 2)  # rows that share bytes or blocks: decoded value by value
 BLOCK_R = 16
-FINISH = {"BLOCK_M": 16, "BLOCK_O": 64, "BLOCK_R": BLOCK_R, "num_warps": 8, "num_stages": 1}
+FINISH = {"BLOCK_M": 16, "BLOCK_O": 64, "BLOCK_R": BLOCK_R, "num_warps": 4, "num_stages": 1}
 
 
 def pick_tile(dtype: torch.dtype, m: int, k: int, blocksize: int) -> tuple[Tile, bool]:
