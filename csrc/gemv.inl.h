@@ -107,7 +107,7 @@ struct Bf16Scheme {
 
 template <class Scheme, int M, int NR, class T>
 inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Packed* x) {
-  constexpr int64_t AHEAD = 8192;  // bytes
+  constexpr int64_t AHEAD = 16384;  // bytes
   constexpr int64_t RUN = 32;  // steps whose magnitudes are decoded together
   const int64_t k = g.w.k;
   const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
@@ -122,7 +122,7 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Pa
       const int64_t c = run + step * Scheme::WEIGHTS;
       for (int n = 0; n < NR; ++n) {
         const uint8_t* bytes = packed + (n * k + c) / 2;
-        __builtin_prefetch(bytes + AHEAD, 0, 2);
+        __builtin_prefetch(bytes + AHEAD);
         Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, sizeof(T) == 2, x + c, k, sums[n]);
       }
     }
