@@ -175,6 +175,21 @@ def test_no_rows_zero_rows_and_large_values(isa: str) -> None:
         assert not y.any()  # nibble 7 is the zero of nf4
 
 
+def test_ties_round_to_even(isa: str) -> None:
+    """Sums that lie exactly between two bf16 values, and just beside that, as torch rounds them."""
+    ulp = 2.0**-7
+    rows = [[1 + i * ulp, ulp / 2 + j * 2.0**-16] for i in range(4) for j in (-1, 0, 1)]
+    w = torch.zeros(16, 128)
+    w[: len(rows), :2] = torch.tensor(rows)
+    weight = StoredWeight(w.bfloat16(), None, None, 0.0, "dense", 0)
+    for m in (1, 5, 20):
+        x = torch.ones(m, 128, dtype=torch.bfloat16)
+        y, _ = backend.lora_linear(x, weight, None, None, None, 0.0)
+        exact = x.float() @ weight.data.float().t()
+        assert torch.equal(y, exact.bfloat16())
+        assert torch.equal(y[0, 1::3][:4], torch.tensor([1, 1 + 2 * ulp, 1 + 2 * ulp, 1 + 4 * ulp]))
+
+
 def test_nothing_is_written_outside(isa: str) -> None:
     """Outputs one row short of a panel, between guard bytes."""
     for m in (1, 7, 16, 40):
