@@ -106,8 +106,8 @@ struct Bf16Scheme {
 #endif
 
 template <class Scheme, int M, int NR, class T>
-inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Packed* x) {
-  constexpr int64_t AHEAD = 16384;  // bytes
+inline void packed_rows(const Gemv<T>& g, int64_t row, int64_t apart, const typename Scheme::Packed* x) {
+  constexpr int64_t AHEAD = 4096;  // bytes
   constexpr int64_t RUN = 32;  // steps whose magnitudes are decoded together
   const int64_t k = g.w.k;
   const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
@@ -117,25 +117,24 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, const typename Scheme::Pa
   alignas(64) float absmax[NR][2 * RUN];
   for (int64_t run = 0; run < k; run += RUN * Scheme::WEIGHTS) {
     const int64_t steps = min64(RUN, (k - run) / Scheme::WEIGHTS);
-    for (int n = 0; n < NR; ++n) half_absmaxes(g.w, (row + n) * k + run, 2 * steps, absmax[n]);
+    for (int n = 0; n < NR; ++n) half_absmaxes(g.w, (row + n * apart) * k + run, 2 * steps, absmax[n]);
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t c = run + step * Scheme::WEIGHTS;
       for (int n = 0; n < NR; ++n) {
-        const uint8_t* bytes = packed + (n * k + c) / 2;
+        const uint8_t* bytes = packed + (n * apart * k + c) / 2;
         __builtin_prefetch(bytes + AHEAD);
         Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, sizeof(T) == 2, x + c, k, sums[n]);
       }
     }
   }
   for (int n = 0; n < NR; ++n)
-    for (int i = 0; i < M; ++i) store_output(g, i, row + n, vsum(sums[n][i]));
+    for (int i = 0; i < M; ++i) store_output(g, i, row + n * apart, vsum(sums[n][i]));
 }
 
 template <class Scheme, int M, class T>
 inline void packed_gemv(const Gemv<T>& g) {
   using P = typename Scheme::Packed;
   constexpr int NR = M <= 2 ? 4 : (VW == 16 ? 2 : 1);
-  constexpr int64_t TASK = 16;
   const int64_t k = g.w.k;
   P* x = static_cast<P*>(scratch(SCRATCH_SHARED, M * k * sizeof(P)));
 #pragma omp parallel for num_threads(M * k < FEW_PRODUCTS / 8 ? 1 : g.threads) schedule(static)
@@ -148,13 +147,11 @@ inline void packed_gemv(const Gemv<T>& g) {
         x[u + Scheme::position(j)] = to_float(from[j]);
     }
   }
+  // The NR rows of a step lie far apart: each is a stream of its own that the hardware prefetches.
+  const int64_t groups = g.w.n / NR;
 #pragma omp parallel for num_threads(g.threads) schedule(static)
-  for (int64_t row = 0; row < g.w.n; row += TASK) {
-    const int64_t stop = min64(row + TASK, g.w.n);
-    int64_t n = row;
-    for (; n + NR <= stop; n += NR) packed_rows<Scheme, M, NR>(g, n, x);
-    for (; n < stop; ++n) packed_rows<Scheme, M, 1>(g, n, x);
-  }
+  for (int64_t row = 0; row < groups; ++row) packed_rows<Scheme, M, NR>(g, row, groups, x);
+  for (int64_t row = groups * NR; row < g.w.n; ++row) packed_rows<Scheme, M, 1>(g, row, 0, x);
 }
 
 template <class Scheme, class T>

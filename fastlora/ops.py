@@ -215,12 +215,14 @@ class _LoraLinear(torch.autograd.Function):
         return _gradients(ctx, dy, _backward_eager)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+_KINDS = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _plain(x: Tensor, weight: Tensor, bias: object, lora_A: object, lora_B: object) -> bool:
     """Return whether no subclass, mode or transform has to see the op."""
-    kinds = (Tensor, torch.nn.Parameter, type(None))
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in kinds for tensor in tensors)
+        and _KINDS.issuperset((type(x), type(weight), type(bias), type(lora_A), type(lora_B)))
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
     )

@@ -153,34 +153,36 @@ def set_isa(name: str) -> None:
         )
 
 
+@functools.cache
+def _tables(format: str) -> tuple[int, int]:
+    """Addresses of a format's code book and of the code book of nested magnitudes, kept alive."""
+    return code_table(FORMATS[format], _CPU).data_ptr(), nested_table(_CPU).data_ptr()
+
+
 def _describe(weight: StoredWeight, n: int, k: int) -> _Weight:
     """The C view of a stored weight. The caller keeps the tensors alive."""
-    if weight.format == "dense":
-        return _Weight(n, k, 0, DTYPES[weight.data.dtype], weight.data.data_ptr())
-    assert weight.absmax is not None
-    nested = weight.nested_absmax
+    data, absmax, nested, offset, format, blocksize = weight
+    if absmax is None:
+        return _Weight(n, k, 0, DTYPES[data.dtype], data.data_ptr())
+    code, nested_code = _tables(format)
+    inner = None if nested is None else nested.data_ptr()
+    shift = blocksize.bit_length() - 1
     return _Weight(
-        n,
-        k,
-        1,
-        0,
-        weight.data.data_ptr(),
-        code_table(FORMATS[weight.format], _CPU).data_ptr(),
-        weight.absmax.data_ptr(),
-        None if nested is None else nested.data_ptr(),
-        None if nested is None else nested_table(_CPU).data_ptr(),
-        weight.nested_offset,
-        weight.blocksize.bit_length() - 1,
+        n, k, 1, 0, data.data_ptr(), code, absmax.data_ptr(), inner, nested_code, offset, shift
     )
 
 
 def _contiguous(weight: StoredWeight) -> StoredWeight:
-    parts = (weight.data, weight.absmax, weight.nested_absmax)
-    if all(part is None or part.is_contiguous() for part in parts):
+    data, absmax, nested = weight[:3]
+    if (
+        data.is_contiguous()
+        and (absmax is None or absmax.is_contiguous())
+        and (nested is None or nested.is_contiguous())
+    ):
         return weight
-    data, absmax, nested = (None if part is None else part.contiguous() for part in parts)
-    assert data is not None
-    return weight._replace(data=data, absmax=absmax, nested_absmax=nested)
+    absmax = None if absmax is None else absmax.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    return weight._replace(data=data.contiguous(), absmax=absmax, nested_absmax=nested)
 
 
 def _adapter(
