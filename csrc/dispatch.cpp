@@ -82,12 +82,31 @@ struct Scratch {
 };
 thread_local Scratch mine;
 
+bool known(int32_t dtype) { return dtype >= FASTLORA_F32 && dtype <= FASTLORA_F16; }
+
 bool valid(int32_t dtype, int64_t m, const fastlora_weight* w, const fastlora_lora* lora, int32_t threads) {
-  if (dtype != FASTLORA_F32 && dtype != FASTLORA_BF16) return false;
+  if (!known(dtype)) return false;
   if (!w || !lora || m < 0 || w->n < 0 || w->k < 0 || lora->r < 0 || threads < 1) return false;
+  if (lora->r && lora->dtype != FASTLORA_F32 && lora->dtype != dtype) return false;
+  if (lora->seed && !(lora->dropout >= 0 && lora->dropout < 1)) return false;
+  for (int64_t i = 0; lora->spans && i < m; ++i) {
+    const int32_t *span = lora->spans + 2 * i;
+    if (span[0] < 0 || span[1] < span[0] || span[1] > lora->r) return false;
+  }
   if (w->format == FASTLORA_DENSE) return w->dtype == dtype;
   return w->format == FASTLORA_4BIT && w->block_shift >= 4 && w->block_shift < 32 &&
-         (!w->nested_absmax || w->nested_code);
+         (!w->nested_absmax || (w->nested_code && w->nested_offset));
+}
+
+bool valid_group(int32_t dtype, int64_t m, int32_t count, const fastlora_weight* w, const fastlora_lora* lora,
+                 int32_t threads) {
+  int32_t adapter = -1;
+  for (int32_t i = 0; i < count; ++i) {
+    if (!valid(dtype, m, w + i, lora + i, threads) || w[i].k != w->k || lora[i].seed || lora[i].spans) return false;
+    if (lora[i].r && adapter >= 0 && lora[i].dtype != adapter) return false;
+    if (lora[i].r) adapter = lora[i].dtype;
+  }
+  return count > 0;
 }
 
 }  // namespace
@@ -133,6 +152,53 @@ int32_t fastlora_lora_linear_backward(int32_t dtype, int64_t m, const void* dy, 
                                       const fastlora_lora* lora, void* dx, void* da, void* db, int32_t threads) {
   if (!fastlora::valid(dtype, m, w, lora, threads)) return FASTLORA_EINVAL;
   fastlora::kernels().lora_linear_backward(dtype, m, dy, lddy, x, ldx, s, *w, *lora, dx, da, db, threads);
+  return 0;
+}
+
+int32_t fastlora_lora_group(int32_t dtype, int64_t m, const void* x, int64_t ldx, int32_t count,
+                            const fastlora_weight* w, const float* const* bias, const fastlora_lora* lora,
+                            float* const* s, void* const* y, int32_t threads) {
+  if (!fastlora::valid_group(dtype, m, count, w, lora, threads)) return FASTLORA_EINVAL;
+  if (m) fastlora::kernels().lora_group(dtype, m, x, ldx, count, w, bias, lora, s, y, threads);
+  return 0;
+}
+
+int32_t fastlora_lora_group_backward(int32_t dtype, int64_t m, int32_t count, const void* const* dy,
+                                     const int64_t* lddy, const void* x, int64_t ldx, const float* const* s,
+                                     const fastlora_weight* w, const fastlora_lora* lora, void* dx, void* da,
+                                     void* const* db, int32_t threads) {
+  if (!fastlora::valid_group(dtype, m, count, w, lora, threads)) return FASTLORA_EINVAL;
+  fastlora::kernels().lora_group_backward(dtype, m, count, dy, lddy, x, ldx, s, w, lora, dx, da, db, threads);
+  return 0;
+}
+
+int32_t fastlora_weight_dots(int32_t dtype, int32_t x_dtype, int64_t m, const void* x, const fastlora_weight* w,
+                             float* out, int32_t threads) {
+  const fastlora_lora none = {};
+  if (!fastlora::valid(dtype, m, w, &none, threads) || (x_dtype != dtype && x_dtype != FASTLORA_F32))
+    return FASTLORA_EINVAL;
+  if (m && w->n) fastlora::kernels().weight_dots(dtype, x_dtype, m, x, *w, out, threads);
+  return 0;
+}
+
+int32_t fastlora_weight_squares(int32_t dtype, const fastlora_weight* w, float* out, int32_t threads) {
+  const fastlora_lora none = {};
+  if (!fastlora::valid(dtype, 0, w, &none, threads)) return FASTLORA_EINVAL;
+  fastlora::kernels().weight_squares(dtype, *w, out, threads);
+  return 0;
+}
+
+int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale,
+                               const float* bias, void* y, int32_t threads) {
+  if (!fastlora::known(dtype) || m < 0 || n < 0 || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().scale_columns(dtype, m, n, z, scale, bias, y, threads);
+  return 0;
+}
+
+int32_t fastlora_scale_columns_backward(int32_t dtype, int64_t m, int64_t n, const void* dy, int64_t lddy,
+                                        const void* z, const float* scale, void* dz, float* dscale, int32_t threads) {
+  if (!fastlora::known(dtype) || m < 0 || n < 0 || (dscale && !z) || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().scale_columns_backward(dtype, m, n, dy, lddy, z, scale, dz, dscale, threads);
   return 0;
 }
 

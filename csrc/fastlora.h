@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define FASTLORA_API __attribute__((visibility("default")))
-#define FASTLORA_ABI 1
+#define FASTLORA_ABI 2
 #define FASTLORA_EINVAL 1
 
 #ifdef __cplusplus
@@ -28,17 +28,20 @@ typedef struct {
   const void* absmax;          // 4-bit: one per block: float, or uint8_t codes when nested_absmax is given
   const float* nested_absmax;  // double quantisation: one per 256 blocks; else NULL
   const float* nested_code;    // double quantisation: the 256 values of the 8-bit code book
-  float nested_offset;         // double quantisation: added to every decoded absmax
+  const float* nested_offset;  // double quantisation: one value, added to every decoded absmax
   int32_t block_shift;         // 4-bit: log2(blocksize)
 } fastlora_weight;
 
 // A low-rank update scaling * B A; r == 0 means none.
 typedef struct {
   int64_t r;
-  int32_t dtype;    // F32 or BF16
+  int32_t dtype;         // F32, or the dtype of the activations
   float scaling;
-  const void* a;    // (r, k)
-  const void* b;    // (n, r)
+  const void* a;         // (r, k)
+  const void* b;         // (n, r)
+  const int32_t* spans;  // (m, 2): row i of x has the ranks spans[2 i] up to spans[2 i + 1] alone; NULL: all of them
+  const int64_t* seed;   // one value: x is dropped out on its way to A, by the mask of dropout.inl.h; NULL: no dropout
+  double dropout;        // with a seed: the probability, at least 0 and below 1
 } fastlora_lora;
 
 // FASTLORA_ABI of the library, bumped with every change of this file.
@@ -50,19 +53,50 @@ FASTLORA_API const char* fastlora_isa(void);
 // Use instruction set `name`; FASTLORA_EINVAL when it is unknown or this CPU lacks it.
 FASTLORA_API int32_t fastlora_set_isa(const char* name);
 
-// y (m, n) = x W^T + bias + scaling (x A^T) B^T, and s (m, r) = x A^T in float.
-//   dtype: of x and y, F32 or BF16; a dense weight must have the same. bias: (n) or NULL. s: NULL when r == 0.
+// y (m, n) = x W^T + bias + scaling s B^T, and s (m, r) = drop(x) A^T in float, zero outside each row's span.
+//   dtype: of x and y, F32, BF16 or F16; a dense weight must have the same. bias: (n) or NULL. s: NULL when r == 0.
 FASTLORA_API int32_t fastlora_lora_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx,
                                           const fastlora_weight* w, const float* bias, const fastlora_lora* lora,
                                           float* s, void* y, int32_t threads);
 
 // Gradients of the above for the output gradient dy (m, n); an output that is NULL is not computed.
-//   dx (m, k) = dy W + scaling (dy B) A;  da (r, k) = scaling (dy B)^T x;  db (n, r) = scaling dy^T s.
+//   ds = scaling (dy B), zero outside each row's span;
+//   dx (m, k) = dy W + drop(ds A);  da (r, k) = ds^T drop(x);  db (n, r) = scaling dy^T s.
 //   da and db have lora->dtype; da needs x, db needs s.
 FASTLORA_API int32_t fastlora_lora_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy,
                                                    const void* x, int64_t ldx, const float* s,
                                                    const fastlora_weight* w, const fastlora_lora* lora, void* dx,
                                                    void* da, void* db, int32_t threads);
+
+// Layers that are fed the same x: `count` of them, with one k; arrays have one entry per layer. No dropout, no spans,
+// and one adapter dtype. Outputs are those of fastlora_lora_linear for each layer.
+FASTLORA_API int32_t fastlora_lora_group(int32_t dtype, int64_t m, const void* x, int64_t ldx, int32_t count,
+                                         const fastlora_weight* w, const float* const* bias,
+                                         const fastlora_lora* lora, float* const* s, void* const* y, int32_t threads);
+
+// Its gradients: dx (m, k) summed over the layers, da (sum of r, k) one layer's below the other's, db per layer;
+// dx, da and entries of db may be NULL.
+FASTLORA_API int32_t fastlora_lora_group_backward(int32_t dtype, int64_t m, int32_t count, const void* const* dy,
+                                                  const int64_t* lddy, const void* x, int64_t ldx,
+                                                  const float* const* s, const fastlora_weight* w,
+                                                  const fastlora_lora* lora, void* dx, void* da, void* const* db,
+                                                  int32_t threads);
+
+// out (m, n) float = x (m, k) W^T, x of dtype F32 or `dtype`, W decoded to `dtype`; sums as exact as float allows.
+FASTLORA_API int32_t fastlora_weight_dots(int32_t dtype, int32_t x_dtype, int64_t m, const void* x,
+                                          const fastlora_weight* w, float* out, int32_t threads);
+
+// out (n) = sum of squares of each row of W, decoded to `dtype`.
+FASTLORA_API int32_t fastlora_weight_squares(int32_t dtype, const fastlora_weight* w, float* out, int32_t threads);
+
+// y (m, n) = z * scale + bias; scale (n), bias (n) or NULL; z and y of `dtype`, contiguous.
+FASTLORA_API int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale,
+                                            const float* bias, void* y, int32_t threads);
+
+// Its gradients: dz (m, n) = dy * scale, and dscale (n) = column sums of dy * z; either may be NULL.
+FASTLORA_API int32_t fastlora_scale_columns_backward(int32_t dtype, int64_t m, int64_t n, const void* dy,
+                                                     int64_t lddy, const void* z, const float* scale, void* dz,
+                                                     float* dscale, int32_t threads);
 
 // Block-wise 4-bit quantisation of n values of x (F32, BF16 or F16), bit-equal to bitsandbytes.
 //   thresholds: 15 floats, ascending; order: 16 nibbles; a scaled value becomes order[number of thresholds below it].

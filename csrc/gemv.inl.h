@@ -2,7 +2,7 @@
 //
 // x is reordered once into the order in which nibbles decode.
 // A weight whose rows are no multiple of 128 long, or whose blocks are of 32, is decoded through a small buffer.
-#include "low_rank.inl.h"
+#include "low_rank_amx.inl.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -38,12 +38,14 @@ inline float low_rank_dot(const float* s, const L* b, int64_t r) {
 
 template <class T>
 inline void store_output(const Gemv<T>& g, int64_t i, int64_t row, float sum) {
-  const int64_t r = g.lora.r;
+  const int32_t* span = g.lora.spans ? g.lora.spans + 2 * i : nullptr;
+  const int64_t first = span ? span[0] : 0, r = (span ? span[1] : g.lora.r) - first;
+  const int64_t from = row * g.lora.r + first;
   if (g.bias) sum += g.bias[row];
-  if (r && g.lora.dtype == FASTLORA_F32)
-    sum += g.lora.scaling * low_rank_dot(g.s + i * r, static_cast<const float*>(g.lora.b) + row * r, r);
-  else if (r)
-    sum += g.lora.scaling * low_rank_dot(g.s + i * r, static_cast<const bf16*>(g.lora.b) + row * r, r);
+  if (r)
+    as_type(g.lora.dtype, g.lora.b, [&](auto* b) {
+      sum += g.lora.scaling * low_rank_dot(g.s + i * g.lora.r + first, b + from, r);
+    });
   store_scalar(g.y + i * g.w.n + row, sum);
 }
 
@@ -55,10 +57,10 @@ struct FloatScheme {
   static constexpr int64_t WEIGHTS = 128;
   static int64_t position(int64_t j) { return j / (2 * VW) * (2 * VW) + j % 2 * VW + j % (2 * VW) / 2; }
   template <int M>
-  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, bool as_bf16, const float* x,
+  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t rounding, const float* x,
                   int64_t ldx, vf (&sums)[M]) {
     for (int half = 0; half < 2; ++half) {
-      const Table table(w.code, absmax[half], as_bf16);
+      const Table table(w.code, absmax[half], rounding);
       for (int64_t j = 64 * half; j < 64 * half + 64; j += 2 * VW) {
         vf even, odd;
         decode_split(bytes + j / 2, table, even, odd);
@@ -92,7 +94,7 @@ struct Bf16Scheme {
   static constexpr int64_t WEIGHTS = 128;
   static int64_t position(int64_t j) { return j % 4 * 32 + j / 4; }
   template <int M>
-  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, bool, const bf16* x,
+  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t, const bf16* x,
                   int64_t ldx, vf (&sums)[M]) {
     const QuadTable table(w.code, absmax);
     const __m512i words = _mm512_loadu_si512(bytes);
@@ -123,7 +125,7 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, int64_t apart, const type
       for (int n = 0; n < NR; ++n) {
         const uint8_t* bytes = packed + (n * apart * k + c) / 2;
         __builtin_prefetch(bytes + AHEAD);
-        Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, sizeof(T) == 2, x + c, k, sums[n]);
+        Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, dtype_of<T>, x + c, k, sums[n]);
       }
     }
   }
@@ -141,7 +143,7 @@ inline void packed_gemv(const Gemv<T>& g) {
   for (int64_t u = 0; u < M * k; u += Scheme::WEIGHTS) {
     const T* from = g.x + u / k * g.ldx + u % k;
     for (int64_t j = 0; j < Scheme::WEIGHTS; ++j) {
-      if constexpr (sizeof(P) == sizeof(T))
+      if constexpr (std::is_same<P, T>::value)
         x[u + Scheme::position(j)] = from[j];
       else
         x[u + Scheme::position(j)] = to_float(from[j]);
@@ -177,7 +179,7 @@ inline void buffered_gemv(const Gemv<T>& g) {
     float buffer[CHUNK], sums[FEW_TOKENS] = {};
     for (int64_t c = 0; c < g.w.k; c += CHUNK) {
       const int64_t count = min64(CHUNK, g.w.k - c);
-      decode_row(g.w, row, c, count, sizeof(T) == 2, buffer);
+      decode_row(g.w, row, c, count, dtype_of<T>, buffer);
       for (int64_t i = 0; i < g.m; ++i) {
         float part;
         dots<1, 1>(g.x + i * g.ldx + c, g.ldx, buffer, count, 1.0f, &part, 1);
@@ -189,6 +191,11 @@ inline void buffered_gemv(const Gemv<T>& g) {
 }
 
 #if defined(__AMX_BF16__)
+// Whether tile_gemv takes a weight: whole tiles, and tokens that share all ranks.
+inline bool tile_weight(const fastlora_weight& w, const fastlora_lora& lora) {
+  return aligned(w, 128) && w.n % 16 == 0 && !lora.spans;
+}
+
 inline float lora_b(const fastlora_lora& lora, int64_t index) {
   return lora.dtype == FASTLORA_F32 ? static_cast<const float*>(lora.b)[index]
                                     : to_float(static_cast<const bf16*>(lora.b)[index]);
@@ -282,24 +289,24 @@ inline void tile_gemv(const Gemv<bf16>& g) {
 
 // Whether `m` tokens are few enough for the kernels of this file.
 template <class T>
-inline bool few_tokens(const fastlora_weight& w, int64_t m) {
+inline bool few_tokens(const fastlora_weight& w, const fastlora_lora& lora, int64_t m) {
 #if defined(__AMX_BF16__)
-  if (sizeof(T) == 2 && aligned(w, 128) && w.n % 16 == 0) return m <= MOST_TOKENS;
+  if (is_bf16<T> && tile_weight(w, lora)) return m <= MOST_TOKENS;
 #endif
-  (void)w;
+  (void)w, (void)lora;
   return m <= FEW_TOKENS;
 }
 
 template <class T>
 inline void gemv(const Gemv<T>& g) {
 #if defined(__AMX_BF16__)
-  if constexpr (sizeof(T) == 2)
-    if (g.m > 1 && aligned(g.w, 128) && g.w.n % 16 == 0) return tile_gemv(g);  // one token: registers are faster
+  if constexpr (is_bf16<T>)
+    if (g.m > 1 && tile_weight(g.w, g.lora)) return tile_gemv(g);  // one token: registers are faster
 #endif
 #if defined(__AVX2__)
   if (g.w.format == FASTLORA_4BIT && g.w.k % 128 == 0 && g.w.block_shift >= 6) {
 #if defined(FASTLORA_BF16_DOT)
-    if constexpr (sizeof(T) == 2) return packed_gemv<Bf16Scheme>(g);
+    if constexpr (is_bf16<T>) return packed_gemv<Bf16Scheme>(g);
 #endif
     return packed_gemv<FloatScheme>(g);
   }

@@ -4,66 +4,206 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
+#if defined(__AMX_BF16__)
+template <class T>
+inline bool on_tiles(int64_t m) {
+  return is_bf16<T> && m >= TILE_TOKENS;
+}
+
+// out (m, r) = scale * drop(x) narrow, with A (r, k) `by_rank` or B (n, r).
+template <class L>
+inline void project_all(const bf16* x, int64_t ldx, const Segments& segments, const L* matrix, int64_t r,
+                        int64_t length, bool by_rank, float scale, const Dropout& dropout, float* out, int threads) {
+  const int pieces = sizeof(L) == 4 ? 3 : 1;
+  const std::vector<Narrow> all = narrow(segments, matrix, r, length, by_rank, false, pieces, SCRATCH_SPLIT, threads);
+  for (const Segment& g : segments.rows) {
+    fastlora_weight w = {};
+    w.n = by_rank ? pieces * g.r : length, w.k = by_rank ? length : pieces * g.r;
+    w.dtype = FASTLORA_BF16, w.data = all[g.span].data;
+    if (g.r) project_tiles(x, ldx, g, w, !by_rank, pieces, r, scale, dropout, out, threads);
+  }
+}
+
+// The gemm whose epilogue multiplies S with the second factor on the matrix unit.
+template <class L, class O>
+inline void gemm_tiles(Gemm<bf16, O> g, const L* factor, float scale, int threads) {
+  const int pieces = sizeof(L) == 4 ? 3 : 1;
+  const int64_t r = g.lora.r;
+  const std::vector<Narrow> all = narrow(g.segments, factor, r, g.columns(), g.backward, true, pieces, SCRATCH_SPLIT, threads);
+  int64_t widest = 0;
+  for (const Narrow& span : all) widest = span.width > widest ? span.width : widest;
+  const int64_t lds = round_up(widest, 32);
+  auto* s = static_cast<bf16*>(scratch(SCRATCH_OPERAND, (g.m + 32) * lds * sizeof(bf16)));
+  tile_rows_of(g.segments, g.s, g.m, r, scale, pieces, s, lds, threads);
+  const TileTerm term{s, lds, all};
+  g.tiles = &term;
+  panel_gemm(g);
+}
+#endif
+
+// s (m, r) = drop(x) A^T, zero outside the spans.
+template <class T, class L>
+void project_x(int64_t m, const T* x, int64_t ldx, int64_t k, const L* a, const fastlora_lora& lora,
+               const Segments& segments, float* s, int threads) {
+  const Dropout dropout(lora);
+  if (lora.spans) memset(s, 0, m * lora.r * sizeof(float));
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (on_tiles<T>(m)) return project_all(x, ldx, segments, a, lora.r, k, true, 1.0f, dropout, s, threads);
+#endif
+  if (sizeof(L) == 4 || m <= FEW_TOKENS) {
+    for (const Segment& g : segments.rows) project(x, ldx, g, a, lora.r, k, 1.0f, dropout, s, threads);
+    return;
+  }
+  auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * k * sizeof(float)));  // widened once
+  widen(a, lora.r, k, wide);
+  for (const Segment& g : segments.rows) project(x, ldx, g, wide, lora.r, k, 1.0f, dropout, s, threads);
+}
+
+// y = x W^T + bias + scaling s B^T, for an s that is there.
+template <class T>
+void apply(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const float* bias, const fastlora_lora& lora,
+           const Segments& segments, const float* s, T* y, int threads) {
+  if (few_tokens<T>(w, lora, m)) return gemv(Gemv<T>{x, ldx, m, w, bias, lora, s, y, threads});
+  const Part<T> part{x, ldx, &w};
+  const Gemm<T, T> g{&part, 1, m, false, lora, segments, s, nullptr, bias, y, threads};
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (lora.r && on_tiles<T>(m))
+      return as_type(lora.dtype, lora.b, [&](auto* b) { gemm_tiles(g, b, lora.scaling, threads); });
+#endif
+  panel_gemm(g);
+}
+
 template <class T>
 void forward(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const float* bias,
              const fastlora_lora& lora, float* s, T* y, int threads) {
-  if (lora.r && lora.dtype == FASTLORA_F32) {
-    project(x, ldx, m, static_cast<const float*>(lora.a), lora.r, w.k, 1.0f, s, threads);
-  } else if (lora.r && m <= FEW_TOKENS) {
-    project(x, ldx, m, static_cast<const bf16*>(lora.a), lora.r, w.k, 1.0f, s, threads);
-  } else if (lora.r) {  // worth widening once
-    auto* wide = static_cast<float*>(scratch(SCRATCH_SHARED, lora.r * w.k * sizeof(float)));
-    widen(static_cast<const bf16*>(lora.a), lora.r, w.k, wide);
-    project(x, ldx, m, wide, lora.r, w.k, 1.0f, s, threads);
-  }
-  if (few_tokens<T>(w, m))
-    gemv(Gemv<T>{x, ldx, m, w, bias, lora, s, y, threads});
-  else
-    panel_gemm(Gemm<T>{x, ldx, m, w, false, lora, s, bias, y, threads});
+  const Segments segments(lora, m);
+  if (lora.r)
+    as_type(lora.dtype, lora.a, [&](auto* a) { project_x(m, x, ldx, w.k, a, lora, segments, s, threads); });
+  apply(m, x, ldx, w, bias, lora, segments, s, y, threads);
+}
+
+// out (length, columns) = s^T drop(x).
+template <class T, class L>
+void outer(const float* s, const T* x, int64_t ldx, int64_t m, const Segments& segments, int64_t r, int64_t columns,
+           float scale, const Dropout& dropout, bool transposed, L* out, int threads) {
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (on_tiles<T>(m))
+      return outer_tiles(s, r, x, ldx, segments, columns, scale, sizeof(L) == 4 ? 3 : 1, dropout, transposed, out,
+                         threads);
+#endif
+  (void)m;
+  accumulate_outer(s, r, x, ldx, segments, columns, scale, dropout, transposed, out, threads);
+}
+
+// ds (m, r) = scaling dy B, zero outside the spans.
+template <class T, class L>
+void project_dy(int64_t m, const T* dy, int64_t lddy, int64_t n, const fastlora_lora& lora, const Segments& segments,
+                float* ds, int threads) {
+  fastlora_lora plain = lora;
+  plain.seed = nullptr;
+  const Dropout none(plain);
+  const L* b = static_cast<const L*>(lora.b);
+  if (lora.spans) memset(ds, 0, m * lora.r * sizeof(float));
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (on_tiles<T>(m)) return project_all(dy, lddy, segments, b, lora.r, n, false, lora.scaling, none, ds, threads);
+#endif
+  auto* across = static_cast<float*>(scratch(SCRATCH_SPLIT, n * lora.r * sizeof(float)));
+  widen_transposed(b, n, lora.r, across, threads);
+  for (const Segment& g : segments.rows) project(dy, lddy, g, across, lora.r, n, lora.scaling, none, ds, threads);
+}
+
+// dx = dy W + drop(ds A)
+template <class L, class T>
+void input_gradient(const Gemm<T, T>& g) {
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (g.lora.r && on_tiles<T>(g.m)) return gemm_tiles(g, static_cast<const L*>(g.lora.a), 1.0f, g.threads);
+#endif
+  panel_gemm(g);
 }
 
 template <class T, class L>
 void backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, const float* s, const fastlora_weight& w,
               const fastlora_lora& lora, T* dx, L* da, L* db, int threads) {
+  const Segments segments(lora, m);
   const int64_t r = lora.r;
+  const Dropout dropout(lora);
   float* ds = nullptr;
   if (r && (dx || da)) {
-    auto* shared = static_cast<float*>(scratch(SCRATCH_SHARED, (w.n + m) * r * sizeof(float)));
-    ds = shared + w.n * r;
-    widen_transposed(static_cast<const L*>(lora.b), w.n, r, shared, threads);
-    project(dy, lddy, m, shared, r, w.n, lora.scaling, ds, threads);
+    ds = static_cast<float*>(scratch(SCRATCH_SHARED, m * r * sizeof(float)));
+    project_dy<T, L>(m, dy, lddy, w.n, lora, segments, ds, threads);
   }
-  if (dx) panel_gemm(Gemm<T>{dy, lddy, m, w, true, lora, ds, nullptr, dx, threads});
-  if (da) accumulate_outer(ds, r, x, ldx, m, w.k, 1.0f, false, da, threads);
-  if (db) accumulate_outer(s, r, dy, lddy, m, w.n, lora.scaling, true, db, threads);
+  const Part<T> part{dy, lddy, &w};
+  if (dx) input_gradient<L>(Gemm<T, T>{&part, 1, m, true, lora, segments, ds, nullptr, nullptr, dx, threads});
+  fastlora_lora plain = lora;
+  plain.seed = nullptr;
+  if (da) outer(ds, x, ldx, m, segments, r, w.k, 1.0f, dropout, false, da, threads);
+  if (db) outer(s, dy, lddy, m, segments, r, w.n, lora.scaling, Dropout(plain), true, db, threads);
 }
 
 void lora_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const fastlora_weight& w, const float* bias,
                  const fastlora_lora& lora, float* s, void* y, int threads) {
-  if (dtype == FASTLORA_F32)
-    forward(m, static_cast<const float*>(x), ldx, w, bias, lora, s, static_cast<float*>(y), threads);
-  else
-    forward(m, static_cast<const bf16*>(x), ldx, w, bias, lora, s, static_cast<bf16*>(y), threads);
-}
-
-template <class T>
-void backward_any(int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx, const float* s,
-                  const fastlora_weight& w, const fastlora_lora& lora, void* dx, void* da, void* db, int threads) {
-  const T *dy_t = static_cast<const T*>(dy), *x_t = static_cast<const T*>(x);
-  T* dx_t = static_cast<T*>(dx);
-  if (lora.dtype == FASTLORA_F32)
-    backward(m, dy_t, lddy, x_t, ldx, s, w, lora, dx_t, static_cast<float*>(da), static_cast<float*>(db), threads);
-  else
-    backward(m, dy_t, lddy, x_t, ldx, s, w, lora, dx_t, static_cast<bf16*>(da), static_cast<bf16*>(db), threads);
+  as_type(dtype, x, [&](auto* rows) {
+    forward(m, rows, ldx, w, bias, lora, s, static_cast<values_of<decltype(rows)>*>(y), threads);
+  });
 }
 
 void lora_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
                           const float* s, const fastlora_weight& w, const fastlora_lora& lora, void* dx, void* da,
                           void* db, int threads) {
-  if (dtype == FASTLORA_F32)
-    backward_any<float>(m, dy, lddy, x, ldx, s, w, lora, dx, da, db, threads);
-  else
-    backward_any<bf16>(m, dy, lddy, x, ldx, s, w, lora, dx, da, db, threads);
+  as_type(dtype, dy, [&](auto* rows) {
+    using T = values_of<decltype(rows)>;
+    as_type(lora.dtype, nullptr, [&](auto* p) {
+      using L = values_of<decltype(p)>;
+      backward(m, rows, lddy, static_cast<const T*>(x), ldx, s, w, lora, static_cast<T*>(dx), static_cast<L*>(da),
+               static_cast<L*>(db), threads);
+    });
+  });
+}
+
+// out (m, n) = x (m, k) W^T in float, W decoded to T.
+template <class T, class X>
+void dots_with(int64_t m, const X* x, const fastlora_weight& w, float* out, int threads) {
+  const fastlora_lora none = {};
+#if defined(FASTLORA_BF16_DOT)
+  constexpr int pieces = is_bf16<T> && sizeof(X) == 4 ? 3 : 1;
+#else
+  constexpr int pieces = 1;
+#endif
+  const Segments segments(none, pieces * m);
+  if constexpr (pieces == 1 && std::is_same<T, X>::value) {
+    const Part<T> part{x, w.k, &w};
+    panel_gemm(Gemm<T, float>{&part, 1, m, false, none, segments, nullptr, nullptr, nullptr, out, threads});
+  } else if constexpr (pieces == 1) {  // float sums; the weight's values are those of T
+    const Part<X> part{x, w.k, &w};
+    Gemm<X, float> g{&part, 1, m, false, none, segments, nullptr, nullptr, nullptr, out, threads};
+    g.rounding = dtype_of<T>;
+    panel_gemm(g);
+  } else {
+#if defined(FASTLORA_BF16_DOT)
+    auto* rows = static_cast<bf16*>(scratch(SCRATCH_SPLIT, pieces * m * w.k * sizeof(bf16)));
+    auto* sums = static_cast<float*>(scratch(SCRATCH_SHARED, pieces * m * w.n * sizeof(float)));
+    split_rows(x, w.k, m, w.k, 1.0f, pieces, rows, w.k, m * w.k, threads);
+    const Part<bf16> part{rows, w.k, &w};
+    panel_gemm(Gemm<bf16, float>{&part, 1, pieces * m, false, none, segments, nullptr, nullptr, nullptr, sums, threads});
+    for (int64_t i = 0; i < m * w.n; ++i) out[i] = sums[i] + (sums[m * w.n + i] + sums[2 * m * w.n + i]);
+#endif
+  }
+}
+
+void weight_dots(int32_t dtype, int32_t x_dtype, int64_t m, const void* x, const fastlora_weight& w, float* out,
+                 int threads) {
+  as_type(dtype, nullptr, [&](auto* p) {
+    using T = values_of<decltype(p)>;
+    if (x_dtype == FASTLORA_F32)
+      dots_with<T>(m, static_cast<const float*>(x), w, out, threads);
+    else
+      dots_with<T>(m, static_cast<const T*>(x), w, out, threads);
+  });
 }
 
 }  // namespace FASTLORA_ISA

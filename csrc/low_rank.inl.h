@@ -1,4 +1,4 @@
-// The products with a side of r: x A^T, dy B, dS^T x, dy^T S. Float sums whatever the inputs' type.
+// The products with a side of r: drop(x) A^T, dy B, dS^T drop(x), dy^T S. Float sums whatever the inputs' type.
 #include "gemm.inl.h"
 
 namespace fastlora {
@@ -34,25 +34,46 @@ inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, fl
     for (int j = 0; j < JR; ++j) out[i * ldo + j] = scale * vsum(total[i][j]);
 }
 
-// out (m, r) = scale * x (m, k) a (r, k)^T
-template <class X, class L>
-inline void project(const X* x, int64_t ldx, int64_t m, const L* a, int64_t r, int64_t k, float scale, float* out,
-                    int threads) {
-  constexpr int MR = VW == 16 ? 3 : 1, JR = 8;
-#pragma omp parallel for collapse(2) num_threads(m * r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t i = 0; i < m; i += MR)
-    for (int64_t j = 0; j < r; j += JR) {
-      const bool wide = j + JR <= r;
-      if (wide && i + MR <= m) {
-        dots<MR, JR>(x + i * ldx, ldx, a + j * k, k, scale, out + i * r + j, r);
-        continue;
-      }
-      for (int64_t p = i; p < min64(i + MR, m); ++p)
-        if (wide)
-          dots<1, JR>(x + p * ldx, ldx, a + j * k, k, scale, out + p * r + j, r);
-        else
-          for (int64_t q = j; q < r; ++q) dots<1, 1>(x + p * ldx, ldx, a + q * k, k, scale, out + p * r + q, r);
+// Rows [first, first + count) of x times a (r, k)^T, scaled; row i goes to out + i * ldo.
+template <int MR, class X, class L>
+inline void project_rows(const X* x, int64_t ldx, int64_t count, const L* a, int64_t r, int64_t k, float scale,
+                         float* out, int64_t ldo) {
+  constexpr int JR = 8;
+  for (int64_t j = 0; j < r; j += JR) {
+    const bool wide = j + JR <= r;
+    if (wide && count == MR) {
+      dots<MR, JR>(x, ldx, a + j * k, k, scale, out + j, ldo);
+      continue;
     }
+    for (int64_t i = 0; i < count; ++i)
+      if (wide)
+        dots<1, JR>(x + i * ldx, ldx, a + j * k, k, scale, out + i * ldo + j, ldo);
+      else
+        for (int64_t q = j; q < r; ++q) dots<1, 1>(x + i * ldx, ldx, a + q * k, k, scale, out + i * ldo + q, ldo);
+  }
+}
+
+// One segment of out (m, r) = scale * drop(x) (m, k) a (r, k)^T.
+template <class X, class L>
+inline void project(const X* x, int64_t ldx, const Segment& g, const L* a, int64_t r, int64_t k, float scale,
+                    const Dropout& dropout, float* out, int threads) {
+  constexpr int MR = VW == 16 ? 3 : 1;
+  const int64_t last = g.row + g.rows;
+  if (dropout.on) scale *= dropout.scale;
+#pragma omp parallel for num_threads(g.rows * g.r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)
+  for (int64_t i = g.row; i < last; i += MR) {
+    const int64_t count = min64(MR, last - i);
+    const L* ranks = a + g.rank * k;
+    float* sums = out + i * r + g.rank;
+    if (!dropout.on) {
+      project_rows<MR>(x + i * ldx, ldx, count, ranks, g.r, k, scale, sums, r);
+      continue;
+    }
+    auto* kept = static_cast<float*>(scratch(SCRATCH_ROWS, MR * k * sizeof(float)));
+    pack_rows(x + i * ldx, ldx, count, k, kept);
+    for (int64_t p = 0; p < count; ++p) drop_row(dropout, dropout.key(i + p), 0, k, kept + p * k);
+    project_rows<MR>(kept, k, count, ranks, g.r, k, scale, sums, r);
+  }
 }
 
 // An adapter matrix (rows, cols) to float.
@@ -69,15 +90,15 @@ inline void widen_transposed(const L* matrix, int64_t rows, int64_t cols, float*
     for (int64_t j = 0; j < cols; ++j) out[j * rows + i] = to_float(matrix[i * cols + j]);
 }
 
-// out (r, columns) += s (rows, r)^T x (rows, columns) for JR rows of out and two vectors of columns.
+// out (JR, columns) += s^T x (rows, columns) for JR ranks of s from `rank` on and two vectors of columns.
 template <int JR>
-inline void outer(const float* s, int64_t lds, const float* x, int64_t rows, float* out, int64_t ld) {
+inline void outer(const float* const* s, int64_t rank, const float* x, int64_t rows, float* out, int64_t ld) {
   vf acc[JR][2];
   for (int j = 0; j < JR; ++j) acc[j][0] = acc[j][1] = vzero();
   for (int64_t i = 0; i < rows; ++i) {
     const vf x0 = vload(x + i * ld), x1 = vload(x + i * ld + VW);
     for (int j = 0; j < JR; ++j) {
-      const vf sv = vset(s[i * lds + j]);
+      const vf sv = vset(s[i][rank + j]);
       acc[j][0] = vfma(sv, x0, acc[j][0]);
       acc[j][1] = vfma(sv, x1, acc[j][1]);
     }
@@ -88,27 +109,36 @@ inline void outer(const float* s, int64_t lds, const float* x, int64_t rows, flo
   }
 }
 
-// out = scale * s (m, r)^T x (m, columns), stored (r, columns), or (columns, r) when `transposed`.
+// out = scale * s (m, r)^T drop(x) (m, columns), stored (r, columns), or (columns, r) when `transposed`.
 template <class X, class L>
-inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, int64_t m, int64_t columns,
-                             float scale, bool transposed, L* out, int threads) {
+inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, const Segments& segments,
+                             int64_t columns, float scale, const Dropout& dropout, bool transposed, L* out,
+                             int threads) {
   constexpr int64_t WIDTH = 256, ROWS = 32, LD = WIDTH + 16;  // 17 cache lines apart: no two rows share a set
+  if (dropout.on) scale *= dropout.scale;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t col = 0; col < columns; col += WIDTH) {
     auto* sums = static_cast<float*>(scratch(SCRATCH_LOW_RANK, (r + ROWS) * LD * sizeof(float)));
     float* block = sums + r * LD;
     memset(sums, 0, (r + ROWS) * LD * sizeof(float));
     const int64_t cols = min64(WIDTH, columns - col);
-    for (int64_t row = 0; row < m; row += ROWS) {
-      const int64_t rows = min64(ROWS, m - row);
-      for (int64_t i = 0; i < rows; ++i) pack_rows(x + (row + i) * ldx + col, ldx, 1, cols, block + i * LD);
-      for (int64_t c = 0; c < cols; c += 2 * VW) {
-        const float* lines = s + row * r;
-        int64_t j = 0;
-        for (; j + 8 <= r; j += 8) outer<8>(lines + j, r, block + c, rows, sums + j * LD + c, LD);
-        for (; j < r; ++j) outer<1>(lines + j, r, block + c, rows, sums + j * LD + c, LD);
+    for (const Segment& g : segments.spans)
+      for (int64_t first = 0; first < g.rows; first += ROWS) {
+        const int64_t rows = min64(ROWS, g.rows - first);
+        const float* lines[ROWS];
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t row = segments.at(g, first + i);
+          lines[i] = s + row * r;
+          pack_rows(x + row * ldx + col, ldx, 1, cols, block + i * LD);
+          if (dropout.on) drop_row(dropout, dropout.key(row), col, cols, block + i * LD);
+        }
+        for (int64_t c = 0; c < cols; c += 2 * VW) {
+          int64_t j = g.rank;
+          const int64_t last = g.rank + g.r;
+          for (; j + 8 <= last; j += 8) outer<8>(lines, j, block + c, rows, sums + j * LD + c, LD);
+          for (; j < last; ++j) outer<1>(lines, j, block + c, rows, sums + j * LD + c, LD);
+        }
       }
-    }
     for (int64_t c = 0; c < cols; ++c)
       for (int64_t j = 0; j < r; ++j)
         store_scalar(out + (transposed ? (col + c) * r + j : j * columns + col + c), scale * sums[j * LD + c]);

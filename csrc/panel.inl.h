@@ -4,7 +4,7 @@
 //          row of AMX tiles (32 reductions x 16 columns, 1 KiB each) as it stands
 //
 // pack_panel reads W[columns, reduction] (forward) or W[reduction, columns] (backward) and decodes each weight once.
-#include "weights.inl.h"
+#include "segments.inl.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -77,23 +77,23 @@ inline void transpose_lanes(const uint32_t* in, int64_t ld_in, int64_t count, ui
 constexpr int64_t CHUNK = 512;
 template <class T>
 inline void decode_rows16(const fastlora_weight& w, int64_t row, int64_t rows, int64_t col, int64_t count,
-                          bool as_bf16, T* out) {
+                          int32_t rounding, T* out) {
   for (int64_t i = 0; i < 16; ++i) {
     T* line = out + i * CHUNK;
     const int64_t filled = i < rows ? count : 0;
-    if (filled) decode_row(w, row + i, col, count, as_bf16, line);
+    if (filled) decode_row(w, row + i, col, count, rounding, line);
     memset(line + filled, 0, (round_up(count, 32) - filled) * sizeof(T));
   }
 }
 
 // Forward: columns are rows of W.
 inline void pack_panel_forward(const fastlora_weight& w, int64_t col, int64_t cols, int64_t red, int64_t depth,
-                               bool as_bf16, float* rows, float* panel) {
+                               int32_t rounding, float* rows, float* panel) {
   constexpr int GROUP = Shape<float>::GROUP;
   for (int64_t c = 0; c < cols; c += 16)
     for (int64_t r = 0; r < depth; r += CHUNK) {
       const int64_t count = min64(CHUNK, depth - r);
-      decode_rows16(w, col + c, cols - c, red + r, count, as_bf16, rows);
+      decode_rows16(w, col + c, cols - c, red + r, count, rounding, rows);
       for (int64_t g = c; g < c + 16; g += min64(16, GROUP)) {  // GROUP is 8 on the baseline
         float* out = panel + g / GROUP * GROUP * depth + r * GROUP + g % GROUP;
         if (GROUP >= 16) {
@@ -142,7 +142,7 @@ inline void pack_rows16(const fastlora_weight& w, int64_t row, int64_t red, int6
 }
 
 inline void pack_panel_forward(const fastlora_weight& w, int64_t col, int64_t cols, int64_t red, int64_t depth,
-                               bool, bf16* rows, bf16* panel) {
+                               int32_t, bf16* rows, bf16* panel) {
   const int64_t pairs = round_up(depth, 32) / 2;
   const int64_t fast = aligned(w, 128) ? depth / 128 * 128 : 0;
   for (int64_t c = 0; c < cols; c += 16) {
@@ -151,7 +151,7 @@ inline void pack_panel_forward(const fastlora_weight& w, int64_t col, int64_t co
     if (r) pack_rows16(w, col + c, red, r, out);
     for (; r < depth; r += CHUNK) {
       const int64_t count = min64(CHUNK, depth - r);
-      decode_rows16(w, col + c, cols - c, red + r, count, true, rows);
+      decode_rows16(w, col + c, cols - c, red + r, count, FASTLORA_BF16, rows);
       transpose_lanes(reinterpret_cast<uint32_t*>(rows), CHUNK / 2, round_up(count, 32) / 2,
                       reinterpret_cast<uint32_t*>(out + r / 2 * 32), 16);
     }
@@ -161,10 +161,10 @@ inline void pack_panel_forward(const fastlora_weight& w, int64_t col, int64_t co
 
 // Backward: columns are columns of W.
 inline void pack_panel_backward(const fastlora_weight& w, int64_t col, int64_t cols, int64_t red, int64_t depth,
-                                bool as_bf16, float* rows, float* panel) {
+                                int32_t rounding, float* rows, float* panel) {
   constexpr int GROUP = Shape<float>::GROUP;
   for (int64_t r = 0; r < depth; ++r) {
-    decode_row(w, red + r, col, cols, as_bf16, rows);
+    decode_row(w, red + r, col, cols, rounding, rows);
     memset(rows + cols, 0, (round_up(cols, GROUP) - cols) * sizeof(float));
     for (int64_t c = 0; c < cols; c += GROUP)
       memcpy(panel + c * depth + r * GROUP, rows + c, GROUP * sizeof(float));
@@ -196,6 +196,16 @@ inline void pack_row_pair(const fastlora_weight& w, int64_t row, int64_t col, bf
   }
 }
 
+// 16 columns of 32 rows, PANEL_COLUMNS apart, to 16 pairs of rows.
+inline void interleave_rows(const bf16* rows, bf16* out) {
+  for (int64_t p = 0; p < 16; ++p, rows += 2 * PANEL_COLUMNS, out += 32) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)));
+    const __m512i odd =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + PANEL_COLUMNS)));
+    _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+}
+
 // Any format and alignment: 32 rows of W at a time through a buffer; columns beyond `cols` are zero up to 16.
 inline void pack_row_block(const fastlora_weight& w, int64_t row, int64_t count, int64_t col, int64_t cols,
                            bf16* rows, bf16* out, int64_t stride) {
@@ -203,21 +213,14 @@ inline void pack_row_block(const fastlora_weight& w, int64_t row, int64_t count,
   for (int64_t i = 0; i < 32; ++i) {
     bf16* line = rows + i * PANEL_COLUMNS;
     const int64_t filled = i < count ? cols : 0;
-    if (filled) decode_row(w, row + i, col, cols, true, line);
+    if (filled) decode_row(w, row + i, col, cols, FASTLORA_BF16, line);
     memset(line + filled, 0, (width - filled) * sizeof(bf16));
   }
-  for (int64_t c = 0; c < width; c += 16)
-    for (int64_t p = 0; p < 16; ++p) {
-      const bf16* line = rows + 2 * p * PANEL_COLUMNS + c;
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
-      const __m512i odd =
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + PANEL_COLUMNS)));
-      _mm512_storeu_si512(out + c / 16 * stride + p * 32, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-    }
+  for (int64_t c = 0; c < width; c += 16) interleave_rows(rows + c, out + c / 16 * stride);
 }
 
 inline void pack_panel_backward(const fastlora_weight& w, int64_t col, int64_t cols, int64_t red, int64_t depth,
-                                bool, bf16* rows, bf16* panel) {
+                                int32_t, bf16* rows, bf16* panel) {
   const int64_t pairs = round_up(depth, 32) / 2, stride = pairs * 32;
   const int64_t fast = aligned(w, 64) && col % 64 == 0 ? cols / 64 * 64 : 0;
   for (int64_t r = 0; r < depth; r += 32) {

@@ -14,45 +14,6 @@ namespace FASTLORA_ISA {
 
 constexpr int64_t FEW_VALUES = 1 << 15;  // below this a thread pool costs more than it saves
 constexpr int GROUP = 64;                // values that are converted, scaled and packed at a time
-struct fp16 {
-  uint16_t bits;
-};
-
-inline float to_float(fp16 v) {
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
-  uint32_t bits = (magnitude << 13) + ((127 - 15) << 23);
-  if (magnitude >= 0x7c00) bits += (127 - 15) << 23;  // infinity or NaN
-  float f;
-  memcpy(&f, &bits, 4);
-  if (magnitude < 0x400) f = static_cast<float>(magnitude) * 0x1p-24f;  // subnormal
-  memcpy(&bits, &f, 4);
-  bits |= sign;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-// Round to nearest even.
-inline fp16 round_fp16(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  uint32_t half;
-  if (magnitude > 0x7f800000) {
-    half = 0x7e00 | (magnitude >> 13 & 0x3ff);
-  } else if (magnitude >= 0x477ff000) {  // from 65520 on
-    half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves multiples of 2^-24 in the low bits
-    float f;
-    memcpy(&f, &magnitude, 4);
-    f += 0.5f;
-    memcpy(&half, &f, 4);
-    half -= 0x3f000000;
-  } else {
-    half = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  }
-  return fp16{static_cast<uint16_t>(sign | half)};
-}
-
 inline void load_group(const float* x, int64_t count, float* out) { memcpy(out, x, count * sizeof(float)); }
 inline void load_group(const bf16* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]);
@@ -182,23 +143,23 @@ inline void dequantize_block(const uint8_t* packed, int64_t first, int64_t last,
 }
 
 template <class T>
-void dequantize_all(const fastlora_weight& w, bool as_bf16, T* out, int threads) {
+void dequantize_all(const fastlora_weight& w, int32_t rounding, T* out, int threads) {
   const int64_t n = w.n * w.k, blocks = (n + (int64_t{1} << w.block_shift) - 1) >> w.block_shift;
 #pragma omp parallel for num_threads(n < FEW_VALUES ? 1 : threads) schedule(static)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b << w.block_shift, last = min64(n, (b + 1) << w.block_shift);
-    const Table table(w.code, block_absmax(w, b), as_bf16);
+    const Table table(w.code, block_absmax(w, b), rounding);
     dequantize_block(static_cast<const uint8_t*>(w.data), first, last, table, out);
   }
 }
 
 void dequantize_4bit(int32_t dtype, const fastlora_weight& w, void* out, int threads) {
   if (dtype == FASTLORA_F32)
-    dequantize_all(w, false, static_cast<float*>(out), threads);
+    dequantize_all(w, FASTLORA_F32, static_cast<float*>(out), threads);
   else if (dtype == FASTLORA_BF16)
-    dequantize_all(w, true, static_cast<bf16*>(out), threads);
+    dequantize_all(w, FASTLORA_BF16, static_cast<bf16*>(out), threads);
   else
-    dequantize_all(w, false, static_cast<fp16*>(out), threads);
+    dequantize_all(w, FASTLORA_F32, static_cast<fp16*>(out), threads);
 }
 
 }  // namespace FASTLORA_ISA

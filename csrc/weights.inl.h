@@ -12,7 +12,7 @@ namespace FASTLORA_ISA {
 inline float block_absmax(const fastlora_weight& w, int64_t block) {
   if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[block];
   float scaled = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested_absmax[block >> 8];
-  return scaled + w.nested_offset;
+  return scaled + *w.nested_offset;
 }
 
 // The magnitudes of `count` blocks from `block` on.
@@ -20,7 +20,7 @@ inline void block_absmaxes(const fastlora_weight& w, int64_t block, int64_t coun
   int64_t i = 0;
 #if defined(__AVX512F__)
   const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + block;
-  const __m512 offset = _mm512_set1_ps(w.nested_offset);
+  const __m512 offset = _mm512_set1_ps(w.nested_absmax ? *w.nested_offset : 0.0f);
   for (; w.nested_absmax && i + 16 <= count && ((block + i) & 255) <= 240; i += 16) {
     const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
     const __m512 scale = _mm512_set1_ps(w.nested_absmax[(block + i) >> 8]);
@@ -30,13 +30,14 @@ inline void block_absmaxes(const fastlora_weight& w, int64_t block, int64_t coun
   for (; i < count; ++i) out[i] = block_absmax(w, block + i);
 }
 
-// The 16 codes of one block, scaled. `as_bf16`: rounded to bf16 (the values a bf16 weight takes), kept as floats.
+// The 16 codes of one block, scaled and rounded to the values that dtype `rounding` has, kept as floats.
 struct Table {
 #if defined(__AVX512F__)
   __m512 scaled;
-  Table(const float* code, float absmax, bool as_bf16) {
+  Table(const float* code, float absmax, int32_t rounding) {
     scaled = _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(absmax));
-    if (as_bf16) scaled = _mm512_castsi512_ps(_mm512_slli_epi32(vround_bits(scaled), 16));
+    if (rounding == FASTLORA_F16) scaled = _mm512_cvtph_ps(vhalf_bits(scaled));
+    if (rounding == FASTLORA_BF16) scaled = _mm512_castsi512_ps(_mm512_slli_epi32(vround_bits(scaled), 16));
   }
   void values(float* out) const { _mm512_storeu_ps(out, scaled); }
   // bf16 bits, the 16 entries twice: a 5-bit permute index then needs no mask.
@@ -46,10 +47,12 @@ struct Table {
   }
 #else
   alignas(32) float scaled[16];
-  Table(const float* code, float absmax, bool as_bf16) {
+  Table(const float* code, float absmax, int32_t rounding) {
     for (int i = 0; i < 16; ++i) {
       float v = code[i] * absmax;
-      scaled[i] = as_bf16 ? to_float(round_bf16(v)) : v;
+      scaled[i] = rounding == FASTLORA_BF16  ? to_float(round_bf16(v))
+                  : rounding == FASTLORA_F16 ? to_float(round_fp16(v))
+                                             : v;
     }
   }
   void values(float* out) const { memcpy(out, scaled, sizeof scaled); }
@@ -118,30 +121,32 @@ inline void decode_span(const uint8_t* packed, int64_t first, int64_t last, cons
   for (; i < last; ++i) store_scalar(out++, values[(i & 1) ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
 }
 
-// W[row, col : col + count] to out. For a 4-bit weight `as_bf16` rounds the decoded value to bf16.
+template <class S, class T>
+inline void copy_row(const S* in, int64_t count, T* out) {
+  if constexpr (std::is_same<S, T>::value) {
+    memcpy(out, in, count * sizeof(T));
+  } else {
+    int64_t j = 0;
+    for (; j + VW <= count; j += VW) vstore(out + j, vload(in + j));
+    if (j < count) vstore_part(out + j, vload_part(in + j, count - j), count - j);
+  }
+}
+
+// W[row, col : col + count] to out; decoded values are rounded to dtype `rounding`.
 template <class T>
-inline void decode_row(const fastlora_weight& w, int64_t row, int64_t col, int64_t count, bool as_bf16, T* out) {
+inline void decode_row(const fastlora_weight& w, int64_t row, int64_t col, int64_t count, int32_t rounding, T* out) {
   int64_t i = row * w.k + col;
   const int64_t last = i + count;
   if (w.format == FASTLORA_4BIT) {
     while (i < last) {
       const int64_t block = i >> w.block_shift;
       const int64_t stop = min64(last, (block + 1) << w.block_shift);
-      decode_span(static_cast<const uint8_t*>(w.data), i, stop, Table(w.code, block_absmax(w, block), as_bf16), out);
+      decode_span(static_cast<const uint8_t*>(w.data), i, stop, Table(w.code, block_absmax(w, block), rounding), out);
       out += stop - i;
       i = stop;
     }
-  } else if (w.dtype == FASTLORA_BF16) {
-    const bf16* p = static_cast<const bf16*>(w.data) + i;
-    if constexpr (sizeof(T) == 2) {
-      memcpy(out, p, count * sizeof(bf16));
-    } else {
-      int64_t j = 0;
-      for (; j + VW <= count; j += VW) vstore(out + j, vload(p + j));
-      for (; j < count; ++j) out[j] = to_float(p[j]);
-    }
-  } else if constexpr (sizeof(T) == 4) {
-    memcpy(out, static_cast<const float*>(w.data) + i, count * sizeof(float));
+  } else {
+    as_type(w.dtype, w.data, [&](auto* values) { copy_row(values + i, count, out); });
   }
 }
 

@@ -56,8 +56,8 @@ def to_tensors(weight: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
 def _describe(weight: QuantizedWeight) -> dict[str, Any]:
     values = (weight.quant_type, weight.blocksize, _NAMES[weight.dtype], weight.shape)
     described: dict[str, Any] = dict(zip(_KEYS, values, strict=True))
-    if weight.double_quant:
-        nested = (NESTED_BLOCKSIZE, "float32", weight.nested_offset)
+    if weight.nested_offset is not None:
+        nested = (NESTED_BLOCKSIZE, "float32", float(weight.nested_offset))
         described |= zip(_NESTED_KEYS, nested, strict=True)
     return described
 
@@ -95,7 +95,8 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         raise _broken(prefix, wanted, f"{packed.dtype} {tuple(packed.shape)}")
     inner = None
     if nested:
-        inner = (found["nested_absmax"], found["nested_quant_map"], described["nested_offset"])
+        offset = torch.tensor(described["nested_offset"], device=found["nested_absmax"].device)
+        inner = (found["nested_absmax"], found["nested_quant_map"], offset)
     common = (quant_type, described["blocksize"], tuple(described["shape"]))
     dtype = _DTYPES[described["dtype"]]
     return fields_of(prefix, packed, found["absmax"], found["quant_map"], *common, dtype, inner)
@@ -175,7 +176,7 @@ def fields_of(
     blocksize: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    nested: tuple[Tensor, Tensor, float] | None,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
 ) -> dict[str, Any]:
     """Check the tables of a weight and read its packed bytes.
 
@@ -211,7 +212,7 @@ def fields_of(
 
 
 def _nested_fields(
-    name: str, codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: float
+    name: str, codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: Tensor
 ) -> dict[str, Any]:
     """The fields of double quantisation.
 
@@ -222,7 +223,7 @@ def _nested_fields(
     same_kind = table.dtype == ours.dtype and table.shape == ours.shape
     if not same_kind or not torch.allclose(table, ours, rtol=0, atol=_TABLE_TOLERANCE):
         raise _broken(name, "the 256 values of the dynamic 8-bit map as nested_quant_map", "others")
-    offset = float(torch.tensor(offset, dtype=torch.float32))
+    offset = offset.to(torch.float32)
     if torch.equal(table, ours):
         return {"nested_absmax": nested_absmax, "nested_offset": offset}
     if codes.dtype != torch.uint8:

@@ -54,7 +54,7 @@ def from_params(weight: Any) -> dict[str, Any]:
                 f"Double-quantised magnitudes must come in groups of {NESTED_BLOCKSIZE}, got "
                 f"{state.state2.blocksize}; quantise the weight again."
             )
-        nested = (state.state2.absmax, state.state2.code, float(state.offset))
+        nested = (state.state2.absmax, state.state2.code, state.offset)
     absmax = state.absmax if state.nested else state.absmax.float()
     common = (state.quant_type, state.blocksize, tuple(state.shape), state.dtype)
     return fields_of("of bitsandbytes", packed, absmax, state.code, *common, nested)
@@ -113,7 +113,7 @@ def to_params(weight: QuantizedWeight) -> Any:
     device = weight.packed.device
     offset = state2 = None
     if weight.nested_absmax is not None:
-        offset = torch.tensor(weight.nested_offset, device=device)
+        offset = weight.nested_offset
         state2 = QuantState(
             absmax=weight.nested_absmax,
             code=nested_table(device).clone(),

@@ -126,8 +126,8 @@ def _target_names(model: nn.Module, plan: Plan, config: AdapterConfig) -> list[s
 
 def _adapter_keys(name: str, spec: AdapterSpec) -> dict[str, str]:
     """Return parameter name -> key in the file, for the module `name`."""
-    keys = METHODS[spec.method].file_keys
-    return {parameter: f"{PREFIX}{name}.{end}" for parameter, end in keys.items()}
+    ends = METHODS[spec.method].file_keys
+    return {parameter: f"{PREFIX}{name}.{ends[parameter]}" for parameter in spec.shapes}
 
 
 def _bias_key(name: str, plan: Plan) -> str:
@@ -160,10 +160,8 @@ def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of everything that the file must hold for this plan."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, spec in plan.adapted.items():
-        module: Any = model.get_submodule(name)
-        wanted = METHODS[spec.method].shapes(spec, module.out_features, module.in_features)
         keys = _adapter_keys(name, spec)
-        shapes.update({keys[parameter]: shape for parameter, shape in wanted.items()})
+        shapes.update({keys[parameter]: shape for parameter, shape in spec.shapes.items()})
     whole = _whole_tensors(model, plan).items()
     return {**shapes, **{key: tuple(tensor.shape) for key, tensor in whole}}
 
@@ -225,10 +223,15 @@ def _check_alike(record: Record, plan: Plan) -> None:
                 f" {_some(differ)}; load the file on a model that is not patched"
             )
     for name, spec in plan.adapted.items():
-        mine = live.adapted[name]
-        if (mine.method, mine.r, mine.scaling) != (spec.method, spec.r, spec.scaling):
+        mine, theirs = _description(live.adapted[name]), _description(spec)
+        if mine != theirs:
             raise ValueError(
-                f"the model must be patched as the adapter file says, but {name} has r={mine.r} and"
-                f" scaling={mine.scaling:g} and the file r={spec.r} and scaling={spec.scaling:g};"
-                " load the file on a model that is not patched"
+                f"the model must be patched as the adapter file says, but {name} has {mine} and the"
+                f" file {theirs}; load the file on a model that is not patched"
             )
+
+
+def _description(spec: AdapterSpec) -> str:
+    """Return what an adapter and its file must have in common."""
+    shapes = ", ".join(f"{name} {shape}" for name, shape in spec.shapes.items())
+    return f"{spec.label} with r={spec.r}, scaling={spec.scaling:g} and {shapes}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
+from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
+
+from fastlora.weight_checks import same_device, weight_shape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -14,12 +17,28 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def low_rank(
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    spans: Tensor | None,
+) -> LowRank | None:
+    """Return the update that an op's separate arguments are; None without A and B.
+
+    Raises:
+        TypeError: only one of A and B is given.
+    """
+    if A is None and B is None:
+        return None
+    if A is None or B is None:
+        raise TypeError("lora_A and lora_B come together, got only one; pass both or neither")
+    return LowRank(A, B, scaling, dropout, seed, spans)
+
+
 def check_forward(
-    x: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None
 ) -> tuple[int, int]:
     """Return (N, K) after checking that the operands of `lora_linear` fit together.
 
@@ -27,8 +46,7 @@ def check_forward(
         x: (..., K).
         weight: the stored (N, K) weight.
         bias: (N,), or None.
-        lora_A: (r, K), or None.
-        lora_B: (N, r), or None.
+        update: the low-rank term, or None.
 
     Raises:
         TypeError: a dtype, or a missing or superfluous operand.
@@ -36,17 +54,12 @@ def check_forward(
     """
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar; pass x of (..., K)")
-    n, k = _weight_shape(weight, x.shape[-1])
-    _check_common("x", x, weight, n, k, lora_A, lora_B)
+    n, k = weight_shape(weight, x.shape[-1])
+    _check_common("x", x, weight)
+    if update is not None:
+        _check_update("x", x, n, k, update)
     if bias is not None:
-        if bias.shape != (n,):
-            raise ValueError(
-                f"bias must have shape ({n},), got {tuple(bias.shape)}; it has one value per row of"
-                " the weight"
-            )
-        if bias.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"bias must be float32 or {x.dtype} like x, got {bias.dtype}; cast it")
-        _same_device("bias", bias, x)
+        _check_bias(bias, x, n)
     return n, k
 
 
@@ -55,8 +68,7 @@ def check_backward(
     x: Tensor | None,
     s: Tensor | None,
     weight: StoredWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    update: LowRank | None,
     need_dlora: bool,
 ) -> tuple[int, int]:
     """Return (N, K) after checking that the operands of `lora_linear_backward` fit together.
@@ -64,10 +76,9 @@ def check_backward(
     Args:
         dy: (..., N).
         x: (..., K), or None.
-        s: (M, r), or None.
+        s: (M, R), or None.
         weight: the stored (N, K) weight.
-        lora_A: (r, K), or None.
-        lora_B: (N, r), or None.
+        update: the low-rank term, or None.
         need_dlora: dA and dB are wanted, from x and s.
 
     Raises:
@@ -75,11 +86,13 @@ def check_backward(
         ValueError: a shape, a device, a format or a block size.
     """
     packed_columns = weight.data.shape[-1] * (1 if weight.format == "dense" else 2)
-    n, k = _weight_shape(weight, packed_columns if x is None else x.shape[-1])
+    n, k = weight_shape(weight, packed_columns if x is None else x.shape[-1])
     if dy.dim() == 0 or dy.shape[-1] != n:
         raise ValueError(f"dy must have shape (..., {n}), got {tuple(dy.shape)}; N is {n}")
-    _check_common("dy", dy, weight, n, k, lora_A, lora_B)
-    if need_dlora and (x is None or s is None or lora_A is None):
+    _check_common("dy", dy, weight)
+    if update is not None:
+        _check_update("dy", dy, n, k, update)
+    if need_dlora and (x is None or s is None or update is None):
         raise TypeError("dA and dB need x, s and the adapter, got None for one; pass all of them")
     if need_dlora and x is not None and x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(
@@ -88,16 +101,99 @@ def check_backward(
     return n, k
 
 
-def _check_common(
-    name: str,
-    rows: Tensor,
-    weight: StoredWeight,
-    n: int,
-    k: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-) -> None:
-    """Check dtypes, devices and adapter shapes that both directions share; `rows` is x or dy."""
+def check_columns(z: Tensor, scale: Tensor, bias: Tensor | None) -> int:
+    """Return N after checking that the operands of `scale_columns` fit together.
+
+    Args:
+        z: (..., N).
+        scale: (N,).
+        bias: (N,), or None.
+
+    Raises:
+        TypeError: a dtype.
+        ValueError: a shape or a device.
+    """
+    n = _check_scale("z", z, scale)
+    if bias is not None:
+        _check_bias(bias, z, n)
+    return n
+
+
+def check_columns_backward(dy: Tensor, z: Tensor | None, scale: Tensor, need_dscale: bool) -> int:
+    """Return N after checking that the operands of `scale_columns_backward` fit together."""
+    n = _check_scale("dy", dy, scale)
+    if need_dscale and z is None:
+        raise TypeError("the gradient of the scale needs z, got None; pass it")
+    if z is not None and (z.shape != dy.shape or z.dtype != dy.dtype):
+        raise ValueError(
+            f"z and dy must have one shape and dtype, got {z.dtype} {tuple(z.shape)} and"
+            f" {dy.dtype} {tuple(dy.shape)}"
+        )
+    return n
+
+
+def _check_scale(name: str, rows: Tensor, scale: Tensor) -> int:
+    """Return N after checking z or dy, `rows`, against the scale of its columns."""
+    if rows.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16, got {rows.dtype}; cast it first"
+        )
+    if rows.dim() == 0 or scale.shape != (rows.shape[-1],):
+        raise ValueError(
+            f"{name} must have shape (..., N) and scale (N,), got {tuple(rows.shape)} and"
+            f" {tuple(scale.shape)}"
+        )
+    wide = wide_dtype(rows.dtype)
+    if scale.dtype != wide:
+        raise TypeError(
+            f"scale must be {wide} for {name} of {rows.dtype}, got {scale.dtype}; cast it"
+        )
+    same_device("scale", scale, rows)
+    return rows.shape[-1]
+
+
+def check_dots(a: Tensor, weight: StoredWeight, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (N, K) after checking that the operands of `weight_dots` fit together.
+
+    Args:
+        a: (R, K).
+        weight: the stored (N, K) weight.
+        dtype: to which W is decoded.
+
+    Raises:
+        TypeError: a dtype.
+        ValueError: a shape or a device.
+    """
+    if a.dim() != 2:
+        raise ValueError(f"a must have shape (R, K), got {tuple(a.shape)}")
+    n, k = weight_shape(weight, a.shape[1])
+    _check_decoded(weight, dtype)
+    if a.dtype not in (torch.float32, dtype):
+        raise TypeError(f"a must be float32 or {dtype} like the weight, got {a.dtype}; cast it")
+    same_device("weight", weight.data, a)
+    return n, k
+
+
+def check_squares(weight: StoredWeight, k: int, dtype: torch.dtype) -> int:
+    """Return N after checking a stored weight of K columns and the dtype it is decoded to."""
+    n, _ = weight_shape(weight, k)
+    _check_decoded(weight, dtype)
+    return n
+
+
+def _check_decoded(weight: StoredWeight, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"a weight decodes to float32, bfloat16, float16 or float64, got {dtype}; name another"
+        )
+    if weight.format == "dense" and weight.data.dtype != dtype:
+        raise TypeError(
+            f"dtype must be that of a dense weight, {weight.data.dtype}, got {dtype}; cast it first"
+        )
+
+
+def _check_common(name: str, rows: Tensor, weight: StoredWeight) -> None:
+    """Check the dtype and the device of x or dy, `rows`, against the weight."""
     if rows.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {rows.dtype}; cast it first"
@@ -107,86 +203,75 @@ def _check_common(
             f"{name} and a dense weight must have one dtype, got {rows.dtype} and"
             f" {weight.data.dtype}; cast one of them"
         )
-    _same_device("weight", weight.data, rows)
-    if (lora_A is None) != (lora_B is None):
-        raise TypeError("lora_A and lora_B come together, got only one; pass both or neither")
-    if lora_A is None or lora_B is None:
-        return
-    r = lora_A.shape[0] if lora_A.dim() == 2 else 0
-    if r == 0 or lora_A.shape[1] != k or lora_B.shape != (n, r):
+    same_device("weight", weight.data, rows)
+
+
+def _check_update(name: str, rows: Tensor, n: int, k: int, update: LowRank) -> None:
+    """Check a low-rank term of an (n, k) weight against x or dy, `rows`."""
+    A, B = update.A, update.B
+    r = A.shape[0] if A.dim() == 2 else 0
+    if r == 0 or A.shape[1] != k or B.shape != (n, r):
         raise ValueError(
             f"lora_A must have shape (r, {k}) and lora_B ({n}, r) with r at least 1, got"
-            f" {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+            f" {tuple(A.shape)} and {tuple(B.shape)}"
         )
-    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.float32, rows.dtype):
+    if A.dtype != B.dtype or A.dtype not in (torch.float32, rows.dtype):
         raise TypeError(
             f"lora_A and lora_B must both be float32 or {rows.dtype} like {name}, got"
-            f" {lora_A.dtype} and {lora_B.dtype}; cast them"
+            f" {A.dtype} and {B.dtype}; cast them"
         )
-    _same_device("lora_A", lora_A, rows)
-    _same_device("lora_B", lora_B, rows)
+    same_device("lora_A", A, rows)
+    same_device("lora_B", B, rows)
+    if update.seed is not None:
+        _check_dropout(rows, update.dropout, update.seed)
+    if update.spans is not None:
+        _check_spans(rows, update.spans)
 
 
-def _same_device(name: str, tensor: Tensor, rows: Tensor) -> None:
-    if tensor.device != rows.device:
+def _check_bias(bias: Tensor, x: Tensor, n: int) -> None:
+    if bias.shape != (n,):
         raise ValueError(
-            f"all operands must be on one device, got {name} on {tensor.device} and the activations"
-            f" on {rows.device}; move one of them"
+            f"bias must have shape ({n},), got {tuple(bias.shape)}; it has one value per row of"
+            " the weight"
         )
+    if bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"bias must be float32 or {x.dtype} like x, got {bias.dtype}; cast it")
+    same_device("bias", bias, x)
 
 
-def _weight_shape(weight: StoredWeight, k: int) -> tuple[int, int]:
-    """Return (N, K) of a stored weight whose input has `k` columns."""
-    data = weight.data
-    if weight.format == "dense":
-        if data.dim() != 2 or data.shape[1] != k or k == 0:
-            raise ValueError(
-                f"a dense weight must have shape (N, K) with K = {k} like the input, got"
-                f" {tuple(data.shape)}"
-            )
-        return data.shape[0], k
-    if weight.format not in FORMATS:
-        raise ValueError(f"format must be one of {['dense', *FORMATS]}, got {weight.format!r}")
-    if data.dtype != torch.uint8 or weight.absmax is None:
+def check_drop(x: Tensor, seed: Tensor, dropout: float) -> None:
+    """Check the operands of `drop`: x (..., K), a seed and a probability.
+
+    Raises:
+        TypeError: a dtype.
+        ValueError: a shape, a device or the probability.
+    """
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar; pass x of (..., K)")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}; cast it first")
+    _check_dropout(x, dropout, seed)
+
+
+def _check_dropout(rows: Tensor, dropout: float, seed: Tensor) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}; pass another")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(
-            f"a {weight.format} weight must be packed uint8 with its absmax, got {data.dtype} and"
-            f" absmax {'None' if weight.absmax is None else weight.absmax.dtype}"
+            f"seed must be one int64, got {seed.dtype} {tuple(seed.shape)}; use ops.dropout_seed"
         )
-    even = k % 2 == 0
-    n = data.shape[0] if even else 2 * data.numel() // max(k, 1)
-    want = (n, k // 2) if even else ((n * k + 1) // 2, 1)
-    if k == 0 or data.shape != want or not data.is_contiguous():
-        raise ValueError(
-            f"a {weight.format} weight for an input of K = {k} columns must be a contiguous"
-            f" {'(N, K // 2)' if even else '((N * K + 1) // 2, 1)'} tensor, got shape"
-            f" {tuple(data.shape)}"
-        )
-    _check_absmax(weight, weight.absmax, n * k)
-    return n, k
+    same_device("seed", seed, rows)
 
 
-def _check_absmax(weight: StoredWeight, absmax: Tensor, values: int) -> None:
-    """Check the magnitudes of a 4-bit weight with `values` values."""
-    if weight.blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {tuple(BLOCKSIZES)}, got {weight.blocksize}")
-    nested = weight.nested_absmax
-    want = torch.float32 if nested is None else torch.uint8
-    if absmax.dtype != want or (nested is not None and nested.dtype != torch.float32):
+def _check_spans(rows: Tensor, spans: Tensor) -> None:
+    if spans.dtype != torch.int32 or spans.dim() != 2 or spans.shape[1] != 2:
         raise TypeError(
-            "absmax must be float32, or uint8 together with a float32 nested_absmax, got"
-            f" {absmax.dtype} and {None if nested is None else nested.dtype}"
+            "spans must be int32 of shape (M, 2), the first rank of each row and the one after its"
+            f" last, got {spans.dtype} {tuple(spans.shape)}"
         )
-    blocks = -(-values // weight.blocksize)
-    if absmax.numel() != blocks:
+    if spans.shape[0] * rows.shape[-1] != rows.numel():
         raise ValueError(
-            f"absmax must have {blocks} values, one per {weight.blocksize} of {values} weights, got"
-            f" {absmax.numel()}"
+            f"spans must have one row for each row of the activations {tuple(rows.shape)}, got"
+            f" {spans.shape[0]}"
         )
-    _same_device("absmax", absmax, weight.data)
-    if nested is not None and nested.numel() != -(-blocks // 256):
-        raise ValueError(
-            f"nested_absmax must have {-(-blocks // 256)} values, one per 256 of {blocks} absmax,"
-            f" got {nested.numel()}"
-        )
-    if nested is not None:
-        _same_device("nested_absmax", nested, weight.data)
+    same_device("spans", spans, rows)

@@ -7,17 +7,19 @@ them. All state is plain tensors and plain Python, so copies, pickles and `.to()
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from fastlora_kernels.formats import StoredWeight
 from torch import Tensor, nn
 
-from fastlora import ops
-from fastlora.adapters import METHODS, AdapterSpec
+from fastlora.adapters import METHODS, AdapterSpec, Base, Cache, Call
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,13 @@ class QuantState:
     quant_type: str
     blocksize: int
     dtype: torch.dtype
-    nested_offset: float
+
+
+class Group(Protocol):
+    """Linears that are fed the same tensor."""
+
+    def take(self, member: AdapterLinear, x: Tensor) -> Tensor | None:
+        """Return a member's output for x, computed with the others; None: compute it alone."""
 
 
 class AdapterLinear(nn.Linear):
@@ -36,30 +44,55 @@ class AdapterLinear(nn.Linear):
     Attributes:
         adapter: what the adapter is; None: no adapter.
         backend: "auto", or the name of the backend that runs it.
+        cache: what the layer remembers between calls.
+        group: the linears that it is computed with, or None; see `fastlora.fuse_groups`.
     """
 
     adapter: AdapterSpec | None
     backend: str
+    cache: Cache
+    group: Group | None = None
 
     def stored_weight(self) -> StoredWeight:
         """Return the weight as kernels read it, sharing memory."""
-        return StoredWeight(self.weight, None, None, 0.0, "dense", 0)
+        return StoredWeight(self.weight, None, None, None, "dense", 0)
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters by name; none without an adapter."""
         if self.adapter is None:
             return {}
         own: Any = self._parameters  # several times faster than attributes, per call
-        return {name: own[name] for name in METHODS[self.adapter.method].file_keys}
+        return {name: own[name] for name in self.adapter.shapes}
+
+    def base(self) -> Base:
+        """Return the linear without its adapter."""
+        dtype = self.original_dtype()
+        return Base(self.stored_weight(), self.bias, dtype, self.backend, self.cache)
+
+    def call(self, x: Tensor, base: Base) -> Call:
+        """Return what is to be computed for x (..., K)."""
+        spec = self.adapter
+        if spec is None:
+            return Call(x, base.bias, None, None)
+        return METHODS[spec.method].call(x, base, self.adapter_params(), spec, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias`` with the adapter's update; x is (..., K)."""
-        weight, spec = self.stored_weight(), self.adapter
-        if spec is None:
-            return ops.linear(x, weight, self.bias, None, None, 0.0, self.backend)
-        return METHODS[spec.method].forward(
-            x, weight, self.bias, self.adapter_params(), spec, self.training, self.backend
-        )
+        if self.group is not None:
+            shared = self.group.take(self, x)
+            if shared is not None:
+                return shared
+        base = self.base()
+        return self.call(x, base).run(base)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as every module does, and forget what was remembered."""
+        self.cache.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.cache.drop()
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the base weight (N, K), without the adapter."""
@@ -74,14 +107,15 @@ class AdapterLinear(nn.Linear):
         dtype = self.original_dtype()
         if self.adapter is None:
             return self.dense_weight(dtype)
+        method, wide = METHODS[self.adapter.method], torch.promote_types(dtype, torch.float32)
         with torch.no_grad():
-            delta = METHODS[self.adapter.method].delta(self.adapter_params(), self.adapter)
-            return (self.dense_weight(torch.promote_types(dtype, torch.float32)) + delta).to(dtype)
+            weight = self.dense_weight(wide)
+            return method.merge(weight, self.adapter_params(), self.adapter).to(dtype)
 
     def extra_repr(self) -> str:
         """Return the shape, the adapter and the backend."""
         spec = self.adapter
-        method = "none" if spec is None else f"{spec.method}(r={spec.r}, scaling={spec.scaling:g})"
+        method = "none" if spec is None else f"{spec.label}(r={spec.r}, scaling={spec.scaling:g})"
         return f"{super().extra_repr()}, adapter={method}, backend={self.backend}"
 
 
@@ -96,17 +130,20 @@ class QuantizedLinear(AdapterLinear):
     quant: QuantState
     weight_absmax: Tensor
     weight_nested_absmax: Tensor | None
+    weight_nested_offset: Tensor | None
 
     def stored_weight(self) -> StoredWeight:
         """Return the weight as kernels read it, sharing memory."""
         own: Any = self._buffers  # several times faster than attributes, per call
         absmax, nested, quant = own["weight_absmax"], own["weight_nested_absmax"], self.quant
+        offset = None
         if nested is None:
             absmax = absmax.view(torch.float32)
         else:
             nested = nested.view(torch.float32)
-        kind = (quant.nested_offset, quant.quant_type, quant.blocksize)
-        return StoredWeight(cast(Tensor, self._parameters["weight"]), absmax, nested, *kind)
+            offset = own["weight_nested_offset"].view(torch.float32)
+        data, kind = cast(Tensor, self._parameters["weight"]), (quant.quant_type, quant.blocksize)
+        return StoredWeight(data, absmax, nested, offset, *kind)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the 4-bit weight, sharing memory."""
@@ -115,7 +152,7 @@ class QuantizedLinear(AdapterLinear):
         kind = (quant.dtype, quant.quant_type, quant.blocksize)
         packed = self.weight.detach().view(-1, 1)
         return QuantizedWeight(
-            packed, _given(stored.absmax), shape, *kind, stored.nested_absmax, quant.nested_offset
+            packed, _given(stored.absmax), shape, *kind, stored.nested_absmax, stored.nested_offset
         )
 
     def set_quantized(self, weight: QuantizedWeight) -> None:
@@ -126,13 +163,12 @@ class QuantizedLinear(AdapterLinear):
                 self.weight.copy_(data)
         else:
             self.weight = nn.Parameter(data, requires_grad=False)
-        device, nested = self.weight.device, weight.nested_absmax
-        self.register_buffer("weight_absmax", _bytes(weight.absmax, device), persistent=False)
-        buffer = None if nested is None else _bytes(nested, device)
-        self.register_buffer("weight_nested_absmax", buffer, persistent=False)
-        self.quant = QuantState(
-            weight.quant_type, weight.blocksize, weight.dtype, weight.nested_offset
-        )
+        device = self.weight.device
+        for name in ("absmax", "nested_absmax", "nested_offset"):
+            part = getattr(weight, name)
+            buffer = None if part is None else _bytes(part, device)
+            self.register_buffer(f"weight_{name}", buffer, persistent=False)
+        self.quant = QuantState(weight.quant_type, weight.blocksize, weight.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the decoded base weight (N, K), without the adapter."""
@@ -188,7 +224,7 @@ class QuantizedLinear(AdapterLinear):
 
 
 def _bytes(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device).contiguous().view(torch.uint8)
+    return tensor.detach().to(device).contiguous().view(-1).view(torch.uint8)
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -217,7 +253,7 @@ def to_adapter_linear(
     wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
     linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
     module: Any = linear
-    module.adapter, module.backend = spec, backend
+    module.adapter, module.backend, module.cache = spec, backend, Cache()
     module.weight.requires_grad_(False)
     if quant is not None:
         module.set_quantized(
@@ -225,6 +261,8 @@ def to_adapter_linear(
         )
     for name, value in params.items():
         module.register_parameter(name, nn.Parameter(value.to(dense.device, wide)))
+    if spec is not None:
+        METHODS[spec.method].settle(module.base(), module.adapter_params(), spec)
 
 
 def to_linear(module: AdapterLinear, weight: Tensor) -> None:
@@ -232,8 +270,10 @@ def to_linear(module: AdapterLinear, weight: Tensor) -> None:
     for name in module.adapter_params():
         delattr(module, name)
     if isinstance(module, QuantizedLinear):
-        del module.weight_absmax, module.weight_nested_absmax, module.quant
-    del module.adapter, module.backend
+        del module.weight_absmax, module.weight_nested_absmax, module.weight_nested_offset
+        del module.quant
+    del module.adapter, module.backend, module.cache
+    vars(module).pop("group", None)
     if module.weight is not weight:
         module.weight = nn.Parameter(weight, requires_grad=False)
     module.__class__ = nn.Linear  # type: ignore[assignment]

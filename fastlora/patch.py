@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora.adapters import AdapterConfig, method_of
 from fastlora.config import as_config
 from fastlora.dispatch import check_backend
+from fastlora.fuse import unfuse
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
 from fastlora.plan import Plan, make_plan
 from fastlora.quant import QuantConfig
@@ -154,10 +155,9 @@ def apply_plan(
     for name, spec in plan.specs.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        shape = (linear.out_features, linear.in_features)
         params = {}
         if config is not None and spec is not None:
-            params = method_of(config).init(config, spec, *shape, generator)
+            params = method_of(config).init(config, spec, generator)
         to_adapter_linear(linear, spec, params, plan.quant.get(name), backend)
     for name in plan.saved:
         original = model.get_submodule(name)
@@ -213,6 +213,7 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
             f"unpatch can't bring back {len(record.plan.quant)} dense weights that were replaced by"
             " 4-bit ones; pass dequantize=True to get their decoded values, or reload the model"
         )
+    unfuse(model)
     for name in record.plan.specs:
         module = model.get_submodule(name)
         if isinstance(module, AdapterLinear):
@@ -239,6 +240,7 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: the model is not patched.
     """
     record = the_record(model)
+    unfuse(model)
     for name in record.plan.specs:
         module = model.get_submodule(name)
         if isinstance(module, AdapterLinear):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters import AdapterConfig, AdapterSpec, method_of
+from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, method_of
 from fastlora.adapters.targets import matches
 from fastlora.checks import FLOATS
 from fastlora.dispatch import Problem, pick
@@ -114,7 +114,8 @@ def _place(
     if foreign is not None or (reason is not None and not explicit):
         plan.skipped[name] = foreign or reason or ""
         return
-    plan.specs[name] = None if config is None else method_of(config).spec(config, name)
+    shape = (module.out_features, module.in_features)
+    plan.specs[name] = None if config is None else method_of(config).spec(config, name, *shape)
     if quant is not None and reason is None:
         plan.quant[name] = quant
     elif quant is not None:
@@ -199,7 +200,8 @@ def _check_layer(
     """Raise unless this linear can have this adapter and this format."""
     assert isinstance(module, nn.Linear)
     n, k = module.out_features, module.in_features
-    if spec is not None and spec.r > min(n, k):
+    method = None if spec is None else METHODS[spec.method]
+    if method is not None and spec is not None and method.bounded and spec.r > min(n, k):
         raise ValueError(
             f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
             f" weight, got {spec.r}; lower r or set rank_pattern"
@@ -218,8 +220,8 @@ def _check_layer(
             " float64; convert the model"
         )
     format, blocksize = ("dense", 0) if quant is None else (quant.quant_type, quant.blocksize)
-    dtype, r = module.weight.dtype, 0 if spec is None else spec.r
-    adapter = None if spec is None else torch.promote_types(dtype, torch.float32)
+    dtype, r = module.weight.dtype, 0 if method is None or spec is None else method.rank(spec)
+    adapter = torch.promote_types(dtype, torch.float32) if r else None
     kind = (module.weight.device.type, dtype, format, blocksize, 512, n, k, r, adapter)
     pick(Problem("lora_linear", *kind), backend)
 

@@ -79,7 +79,8 @@ class QuantizedWeight:
         quant_type: the format, ``"nf4"`` or ``"fp4"``.
         blocksize: values that share one magnitude.
         nested_absmax: double-quantised: (ceil(blocks / 256),) float32. Otherwise None.
-        nested_offset: double-quantised: added to the decoded magnitudes. Otherwise 0.0.
+        nested_offset: double-quantised: one float32, added to the decoded magnitudes. Otherwise
+            None.
 
     Raises:
         ValueError: a tensor's dtype or shape does not fit the rest.
@@ -93,7 +94,7 @@ class QuantizedWeight:
     quant_type: str
     blocksize: int
     nested_absmax: Tensor | None = None
-    nested_offset: float = 0.0
+    nested_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_scheme(self.quant_type, self.blocksize, self.double_quant)
@@ -105,6 +106,14 @@ class QuantizedWeight:
         if self.nested_absmax is not None:
             groups = -(-blocks // NESTED_BLOCKSIZE)
             self._check("nested_absmax", self.nested_absmax, torch.float32, (groups,))
+        offset = self.nested_offset
+        if (offset is not None) != self.double_quant:
+            raise ValueError(
+                "nested_absmax and nested_offset of a 4-bit weight come together, got only one;"
+                " pass both or neither"
+            )
+        if offset is not None:
+            self._check("nested_offset", offset.reshape(-1), torch.float32, (1,))
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
@@ -127,7 +136,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
-        parts = (self.packed, self.absmax, self.nested_absmax)
+        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
         return sum(part.nbytes for part in parts if part is not None)
 
     def _stored_as(self, n: int, k: int) -> StoredWeight:
@@ -179,8 +188,10 @@ class QuantizedWeight:
             A weight whose tensors live there; those that already do are shared.
         """
         nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        offset = None if self.nested_offset is None else self.nested_offset.to(device)
         packed, absmax = self.packed.to(device), self.absmax.to(device)
-        return replace(self, packed=packed, absmax=absmax, nested_absmax=nested)
+        parts: dict[str, Any] = {"packed": packed, "absmax": absmax, "nested_absmax": nested}
+        return replace(self, **parts, nested_offset=offset)
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The tensors that a bnb-4bit checkpoint of transformers holds for this weight.
@@ -292,7 +303,7 @@ def quantize_4bit(
     if not double_quant:
         return QuantizedWeight(packed, absmax, *common)
     codes, nested, offset = quantize_absmax(absmax)
-    if not math.isfinite(offset):
+    if not bool(torch.isfinite(offset)):
         raise ValueError(
             "Double quantisation needs block magnitudes whose sum float32 can hold, but this "
             f"weight's reach {float(absmax.max()):.3g}; pass double_quant=False."

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.adapters import METHODS, magnitude
 from fastlora.dispatch import Problem, pick
+from fastlora.fuse import partners
 from fastlora.layers import AdapterLinear, QuantizedLinear
 from fastlora.patch import Record, tensor_bytes, the_record
 
@@ -66,12 +68,15 @@ def report(model: nn.Module) -> Report:
 def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
     stored, spec = module.stored_weight(), module.adapter
     notes = [record.plan.notes[name]] if name in record.plan.notes else []
-    if spec is not None and spec.dropout > 0:
-        notes.append(f"dropout {spec.dropout:g}: adapter not fused in training")
+    if spec is not None and spec.dropout > 0 and magnitude.NAME in spec.shapes:
+        notes.append("dropout with a magnitude: two products with the weight in training")
+    others = partners(name, module)
+    if others:
+        notes.append(f"computed with {', '.join(others)}")
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return {
         "module": name,
-        "method": None if spec is None else spec.method,
+        "method": None if spec is None else spec.label,
         "r": None if spec is None else spec.r,
         "scaling": None if spec is None else spec.scaling,
         "format": stored.format,
@@ -85,9 +90,8 @@ def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
 def _backend(module: AdapterLinear) -> str:
     """Return the name of the backend that runs a training batch, or "none"."""
     stored, spec, dtype = module.stored_weight(), module.adapter, module.original_dtype()
-    fused = spec is not None and not spec.dropout
-    r = spec.r if spec is not None and fused else 0
-    adapter = next(iter(module.adapter_params().values())).dtype if fused else None
+    r = 0 if spec is None else METHODS[spec.method].rank(spec)
+    adapter = next(iter(module.adapter_params().values())).dtype if r else None
     kind = (stored.data.device.type, dtype, stored.format, stored.blocksize)
     problem = Problem(
         "lora_linear", *kind, BATCH, module.out_features, module.in_features, r, adapter

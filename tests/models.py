@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.adapters import AdapterConfig
+
 
 class Block(nn.Module):
     """A residual block with two linears."""
@@ -61,6 +63,14 @@ def llama(tied: bool = False, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     cls = changes.pop("cls", LlamaForCausalLM)
     return cls(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def peft_model(model: nn.Module, config: AdapterConfig, **fields: Any) -> Any:
+    """Return PEFT's model for a config of ours, with these fields of PEFT's beside."""
+    import peft
+
+    config_class = getattr(peft, type(config).__name__)
+    return peft.get_peft_model(model, config_class(**{**config.changed_fields(), **fields}))
 
 
 def fill_adapters(model: nn.Module, seed: int = 1) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fastlora
-from fastlora import LoraConfig
-from fastlora.adapters import METHODS, method_of
+from fastlora import LoHaConfig, LoKrConfig, LoraConfig
+from fastlora.adapters import METHODS, AdapterConfig, magnitude, method_of
 from fastlora.adapters.targets import check_pattern, matches, pattern_key
 from fastlora.config import from_fields
+from fastlora.layers import AdapterLinear
+from tests.contract import compare
+from tests.variants import IN_FEATURES, OUT_FEATURES, VARIANTS
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"r": 0}, ValueError, "r must be between 1 and 4096, got 0"),
@@ -44,7 +48,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"bias": "some"}, ValueError, r"bias must be one of \['none', 'all', 'lora_only'\]"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False"),
-    ({"use_dora": True}, NotImplementedError, "use_dora must be False, got True"),
+    ({"use_dora": None}, TypeError, "use_dora must be True or False"),
     ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be one of"),
     ({"task_type": 4}, TypeError, "task_type must be a str or None, got int"),
 ]
@@ -56,12 +60,46 @@ def test_bad_fields(values: dict[str, Any], kind: type[Exception], sentence: str
         LoraConfig(**values)
 
 
-def test_defaults_and_names_are_those_of_peft() -> None:
-    from peft import LoraConfig as PeftConfig
+PRODUCT_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"alpha": float("inf")}, ValueError, "alpha must be finite"),
+    ({"rank_dropout": 1}, ValueError, "rank_dropout must be at least 0 and below 1, got 1"),
+    ({"module_dropout": "0"}, TypeError, "module_dropout must be a number, got '0'"),
+    ({"use_effective_conv2d": True}, NotImplementedError, "fastlora adapts linears alone"),
+    ({"use_effective_conv2d": 1}, TypeError, "use_effective_conv2d must be True or False"),
+    ({"init_weights": "pissa"}, ValueError, r"init_weights must be one of \[True, False.*'pissa'"),
+]
+LOKR_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"decompose_both": 1}, TypeError, "decompose_both must be True or False, got 1"),
+    ({"rank_dropout_scale": None}, TypeError, "rank_dropout_scale must be True or False"),
+    ({"decompose_factor": 2.0}, TypeError, "decompose_factor must be an int, got 2.0"),
+    ({"decompose_factor": -2}, ValueError, "decompose_factor must be at least 1, or -1 .*got -2"),
+]
 
-    theirs, ours = PeftConfig().to_dict(), LoraConfig()
-    for field in fields(LoraConfig):
+
+@pytest.mark.parametrize(
+    ("cls", "values", "kind", "sentence"),
+    [
+        *((cls, *bad) for cls in (LoHaConfig, LoKrConfig) for bad in PRODUCT_BAD),
+        (LoHaConfig, {"init_weights": "lycoris"}, ValueError, "got 'lycoris'"),
+        *((LoKrConfig, *bad) for bad in LOKR_BAD),
+    ],
+)
+def test_bad_fields_of_products(
+    cls: Any, values: dict[str, Any], kind: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(kind, match=sentence):
+        cls(**values)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_defaults_and_names_are_those_of_peft(name: str) -> None:
+    import peft
+
+    ours = METHODS[name].config_class()
+    theirs = getattr(peft, type(ours).__name__)().to_dict()
+    for field in fields(ours):
         assert theirs[field.name] == getattr(ours, field.name), field.name
+    assert from_fields(theirs) == ours
 
 
 @pytest.mark.parametrize(
@@ -116,34 +154,141 @@ def test_unknown_peft_fields() -> None:
 
 
 def test_every_method_is_registered_under_its_own_name() -> None:
-    assert "lora" in METHODS
+    assert {"lora", "loha", "lokr"} <= set(METHODS)
     for name, method in METHODS.items():
-        assert method.name == name and method_of(method.config_class()) is method
-        assert set(method.file_keys) == set(method.shapes(_spec(name), 8, 8))
+        config = method.config_class(r=2)
+        spec = method.spec(config, "layer", 8, 8)
+        assert method.name == name == spec.method and method_of(method.config_class()) is method
+        assert set(spec.shapes) <= set(method.file_keys)
+        values = method.init(config, spec, torch.Generator())
+        assert {key: tuple(value.shape) for key, value in values.items()} == spec.shapes
 
 
-def _spec(name: str) -> Any:
-    return METHODS[name].spec(METHODS[name].config_class(r=2), "layer")
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_contract_of_a_method(name: str, quantize: str | None) -> None:
+def layer_of(
+    config: AdapterConfig, quantize: str | None = None, dtype: torch.dtype = torch.float32
+) -> AdapterLinear:
+    """Return a patched linear of the shape that the variants suit."""
     torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(24, 16))
-    x = torch.randn(5, 24)
-    config = METHODS[name].config_class(r=2)
+    model: Any = nn.Sequential(nn.Linear(IN_FEATURES, OUT_FEATURES)).to(dtype)
     fastlora.patch_model(model, config, quantize=quantize, backend="reference")
-    layer = model[0]
-    base = functional.linear(x, layer.dense_weight(), layer.bias)
-    assert torch.allclose(model(x), base, atol=1e-6), "the update must be zero at first"
-    for parameter in layer.adapter_params().values():
-        torch.nn.init.normal_(parameter, std=0.3)
-    y = model(x)
-    torch.testing.assert_close(y, functional.linear(x, layer.merged_weight(), layer.bias))
-    y.square().sum().backward()
-    params = {n: p.detach().clone().requires_grad_() for n, p in layer.adapter_params().items()}
-    weight = layer.dense_weight() + METHODS[name].delta(params, layer.adapter)
-    functional.linear(x, weight, layer.bias).square().sum().backward()
-    for key, parameter in layer.adapter_params().items():
-        torch.testing.assert_close(parameter.grad, params[key].grad, rtol=1e-4, atol=1e-4)
+    layer: AdapterLinear = model[0]
+    return layer
+
+
+def fill(layer: AdapterLinear) -> None:
+    """Give the adapter values as after training; its magnitude stays near the norms."""
+    with torch.no_grad():
+        for name, parameter in layer.adapter_params().items():
+            noise = 0.3 * torch.randn(parameter.shape)
+            parameter.copy_(parameter * (1 + noise) if name == magnitude.NAME else noise)
+
+
+def rows(dtype: torch.dtype, columns: int = IN_FEATURES) -> Tensor:
+    return torch.randn(2, 16, columns, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+def unfused(layer: AdapterLinear, config: AdapterConfig, wide: bool) -> list[Tensor]:
+    """Return y, dx and the parameters' gradients in plain torch, in float64 or step by step."""
+    spec = layer.adapter
+    assert spec is not None
+    dtype = layer.original_dtype()
+    kind = torch.float64 if wide else dtype
+    method = METHODS[spec.method]
+    params = {
+        n: (p.detach().double() if wide else p.detach().clone()).requires_grad_()
+        for n, p in layer.adapter_params().items()
+    }
+    x = rows(dtype).to(kind).requires_grad_()
+    weight, bias = layer.dense_weight(dtype).to(kind), layer.bias.detach().to(kind)
+    delta = method.delta(params, spec)
+    has_magnitude = magnitude.NAME in params
+    base = functional.linear(x, weight, None if has_magnitude else bias)
+    y = (base + functional.linear(x.to(delta.dtype), delta)).to(kind)
+    if has_magnitude:
+        norm = torch.linalg.vector_norm(weight + delta, dim=1).detach()
+        y = (y * (params[magnitude.NAME] / norm) + bias).to(kind)
+    y.backward(rows(dtype, OUT_FEATURES).to(kind))
+    return [y.detach(), *(g for t in (x, *params.values()) if (g := t.grad) is not None)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contract_of_a_method(name: str, quantize: str | None, dtype: torch.dtype) -> None:
+    config = VARIANTS[name]
+    layer = layer_of(config, quantize, dtype)
+    x = rows(dtype).requires_grad_()
+    base = functional.linear(x, layer.dense_weight(dtype), layer.bias)
+    ulp = torch.finfo(dtype).eps * base.abs().max()
+    assert (layer(x) - base).abs().max() <= 2 * ulp, "the update must be zero at first"
+    fill(layer)
+    y = layer(x)
+    y.backward(rows(dtype, OUT_FEATURES))
+    grads = [parameter.grad for parameter in layer.adapter_params().values()]
+    assert x.grad is not None and all(grad is not None for grad in grads)
+    ours = [y.detach(), x.grad, *(grad for grad in grads if grad is not None)]
+    names = ["y", "dx", *layer.adapter_params()]
+    plain, truth = unfused(layer, config, wide=False), unfused(layer, config, wide=True)
+    for what, mine, theirs, exact in zip(names, ours, plain, truth, strict=True):
+        error = (mine.double() - exact).abs().max() / exact.abs().max()
+        if what in ("y", "dx") or error > 32 * torch.finfo(torch.float32).eps:
+            compare(f"{name}: {what}", mine, theirs, exact)
+    merged = functional.linear(x, layer.merged_weight().to(dtype), layer.bias)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(y, merged, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inference_remembers_and_notices(name: str) -> None:
+    layer = layer_of(VARIANTS[name], "nf4").eval()
+    x = rows(torch.float32)
+    fill(layer)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        first, second = layer(x), layer(x)
+    with torch.inference_mode():
+        third = layer(x)
+    for y in (first, second, third):
+        assert torch.equal(y, expected)
+    fill(layer)
+    changed = layer(x).detach()
+    assert not torch.allclose(changed, expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), changed)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_method_compiles(name: str) -> None:
+    layer = layer_of(VARIANTS[name])
+    fill(layer)
+    x = rows(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_method_holds_no_n_by_k(name: str) -> None:
+    """Nothing of N x K numbers is made or saved, but what the weight itself needs."""
+    layer = layer_of(VARIANTS[name])
+    own = {p.data_ptr() for p in layer.parameters()}
+    made: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            made.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(rows(torch.float32))
+    assert made and not [s for s in made if math.prod(s) >= IN_FEATURES * OUT_FEATURES]
+
+
+def test_factors_of_many_ranks_are_bounded() -> None:
+    config = LoraConfig(r=9)
+    with pytest.raises(ValueError, match="the rank of '0' must be at most 8"):
+        fastlora.patch_model(nn.Sequential(nn.Linear(8, 16)), config, backend="reference")
+    wide = nn.Sequential(nn.Linear(8, 16))
+    fastlora.patch_model(wide, LoKrConfig(r=9), backend="reference")

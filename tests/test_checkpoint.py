@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
-from fastlora import LoraConfig, load_adapter, patch_model, save_adapter
-from tests.models import fill_adapters, llama, plain
+from fastlora import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    load_adapter,
+    patch_model,
+    save_adapter,
+)
+from fastlora.adapters import AdapterConfig
+from tests.models import fill_adapters, llama, peft_model, plain
+from tests.variants import VARIANTS, with_
 
 IDS = torch.arange(12).view(2, 6)
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
@@ -23,22 +32,51 @@ REFERENCE: dict[str, Any] = {"backend": "reference"}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ATTENTION = ["q_proj", "v_proj"]
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "suffixes": {"r": 4, "lora_alpha": 16, "target_modules": ATTENTION},
-    "pattern": {"r": 4, "target_modules": r".*mlp\.(up|down)_proj"},
-    "all-linear": {"r": 2, "target_modules": "all-linear"},
-    "patterns": {
-        "r": 4,
-        "target_modules": [*ATTENTION, "up_proj"],
-        "rank_pattern": {"up_proj": 2, r"layers\.0\.self_attn\.q_proj": 3},
-        "alpha_pattern": {"v_proj": 20},
-    },
-    "rslora": {"r": 4, "use_rslora": True, "target_modules": ATTENTION},
-    "layers": {"r": 4, "target_modules": ATTENTION, "layers_to_transform": [1]},
-    "head": {"r": 4, "target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
-    "exclude": {"r": 4, "target_modules": "all-linear", "exclude_modules": ["o_proj"]},
-    "bias": {"r": 4, "target_modules": ATTENTION, "bias": "lora_only"},
-    "all biases": {"r": 4, "target_modules": ATTENTION, "bias": "all"},
+CONFIGS: dict[str, AdapterConfig] = {
+    "suffixes": LoraConfig(r=4, lora_alpha=16, target_modules=ATTENTION),
+    "pattern": LoraConfig(r=4, target_modules=r".*mlp\.(up|down)_proj"),
+    "all-linear": LoraConfig(r=2, target_modules="all-linear"),
+    "patterns": LoraConfig(
+        r=4,
+        target_modules=[*ATTENTION, "up_proj"],
+        rank_pattern={"up_proj": 2, r"layers\.0\.self_attn\.q_proj": 3},
+        alpha_pattern={"v_proj": 20},
+    ),
+    "rslora": LoraConfig(r=4, use_rslora=True, target_modules=ATTENTION),
+    "layers": LoraConfig(r=4, target_modules=ATTENTION, layers_to_transform=[1]),
+    "head": LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"]),
+    "exclude": LoraConfig(r=4, target_modules="all-linear", exclude_modules=["o_proj"]),
+    "bias": LoraConfig(r=4, target_modules=ATTENTION, bias="lora_only"),
+    "all biases": LoraConfig(r=4, target_modules=ATTENTION, bias="all"),
+    "dora": LoraConfig(r=4, use_dora=True, target_modules="all-linear"),
+    "dora, rslora, head": LoraConfig(
+        r=4, use_dora=True, use_rslora=True, target_modules=ATTENTION, modules_to_save=["lm_head"]
+    ),
+    "dora with biases": LoraConfig(r=4, use_dora=True, target_modules=ATTENTION, bias="lora_only"),
+    "loha": LoHaConfig(r=3, alpha=6, target_modules="all-linear"),
+    "loha patterns": LoHaConfig(
+        r=4,
+        target_modules=[*ATTENTION, "up_proj"],
+        rank_pattern={"up_proj": 2, r"layers\.0\.self_attn\.q_proj": 3},
+        alpha_pattern={"v_proj": 20},
+    ),
+    "loha, head, layers": LoHaConfig(
+        r=2, target_modules=ATTENTION, modules_to_save=["lm_head"], layers_to_transform=[0]
+    ),
+    "lokr, both full": LoKrConfig(r=40, alpha=60, target_modules="all-linear"),
+    "lokr, w2 low": LoKrConfig(r=2, alpha=5, target_modules="all-linear"),
+    "lokr, both low": LoKrConfig(
+        r=1, alpha=2, decompose_both=True, target_modules="all-linear", exclude_modules=["o_proj"]
+    ),
+    "lokr, factor 8": LoKrConfig(r=2, decompose_factor=8, target_modules="all-linear"),
+    "lokr, factor 7, patterns": LoKrConfig(
+        r=2,
+        decompose_factor=7,
+        decompose_both=True,
+        target_modules=[*ATTENTION, "up_proj"],
+        rank_pattern={"up_proj": 1},
+        alpha_pattern={"v_proj": 20},
+    ),
 }
 
 
@@ -50,7 +88,7 @@ def base(name: str) -> Any:
 def test_peft_loads_ours(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    ours = patch_model(base(name), LoraConfig(**CONFIGS[name]), **REFERENCE)
+    ours = patch_model(base(name), CONFIGS[name], **REFERENCE)
     fill_adapters(ours)
     save_adapter(ours, tmp_path / "a")
     theirs = PeftModel.from_pretrained(base(name), str(tmp_path / "a"))
@@ -64,12 +102,7 @@ def test_peft_loads_ours(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_we_load_theirs(name: str, tmp_path: Path) -> None:
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    theirs: Any = get_peft_model(
-        base(name), PeftConfig(**CONFIGS[name], task_type="CAUSAL_LM")
-    ).eval()
+    theirs: Any = peft_model(base(name), CONFIGS[name], task_type="CAUSAL_LM").eval()
     fill_adapters(theirs)
     theirs.save_pretrained(str(tmp_path))
     ours = base(name)
@@ -81,9 +114,10 @@ def test_we_load_theirs(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_round_trip_on_a_plain_model(quantize: str | None, tmp_path: Path) -> None:
-    config = LoraConfig(r=4, modules_to_save=["head"])
+def test_round_trip_on_a_plain_model(quantize: str | None, name: str, tmp_path: Path) -> None:
+    config = with_(VARIANTS[name], modules_to_save=["head"])
     model = patch_model(plain(), config, quantize=quantize, **REFERENCE)
     fill_adapters(model)
     save_adapter(model, tmp_path / "a")
@@ -221,7 +255,10 @@ DAMAGE: list[tuple[Any, type[Exception], str]] = [
     (lambda d: edit_config(d, target_modules=None), ValueError, "target_modules must be set"),
     (lambda d: edit_config(d, target_modules=["q"]), ValueError, "must match an nn.Linear"),
     (lambda d: edit_config(d, peft_type="IA3"), NotImplementedError, "got 'IA3'"),
-    (lambda d: edit_config(d, use_dora=True), NotImplementedError, "use_dora must be False"),
+    (lambda d: edit_config(d, use_dora=True), ValueError,
+     r"4 missing \(base_model.model.blocks.0.down.lora_magnitude_vector, "),
+    (lambda d: edit_config(d, peft_type="LOHA"), NotImplementedError,
+     "the PEFT field 'lora_alpha' must be unset, got '8'"),
     (lambda d: edit_config(d, layer_replication=[[0, 1]]), NotImplementedError,
      "'layer_replication' must be unset"),
 ]  # fmt: skip
@@ -257,7 +294,10 @@ def test_another_base_and_another_patch(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"8 misshapen .*the model needs \(4, 40\)"):
         load_adapter(Plain(width=40), saved, **REFERENCE)
     for fields, sentence in (
-        ({"r": 8, "target_modules": ["up", "down"]}, "has r=8 and scaling=1 and the file r=4"),
+        ({"r": 8, "target_modules": ["up", "down"]},
+         "has lora with r=8, scaling=1 .* and the file lora with r=4, scaling=2"),
+        ({"r": 4, "target_modules": ["up", "down"], "use_dora": True},
+         r"has dora with r=4, .*lora_magnitude_vector \(64,\) and the file lora with r=4"),
         ({"r": 4, "target_modules": ["up"]}, "adapted modules differ in blocks.0.down"),
         ({"r": 4, "target_modules": ["up", "down"], "modules_to_save": ["norm"]},
          "modules_to_save differ in norm"),
@@ -267,6 +307,9 @@ def test_another_base_and_another_patch(saved: Path) -> None:
         with pytest.raises(ValueError, match=sentence):
             load_adapter(model, saved)
         assert torch.equal(model(X), y)
+    other = patch_model(plain(), LoHaConfig(r=4, target_modules=["up", "down"]), **REFERENCE)
+    with pytest.raises(ValueError, match="has loha with r=4, .*and the file lora with r=4"):
+        load_adapter(other, saved)
     quantised = patch_model(plain(), quantize="nf4", **REFERENCE)
     with pytest.raises(ValueError, match="must have an adapter or not be patched at all"):
         load_adapter(quantised, saved)

@@ -153,7 +153,7 @@ def test_nested_equals_bitsandbytes(blocks: int, scale: float) -> None:
         codes, nested, mean = quantize_absmax(absmax)
         assert torch.equal(codes, theirs)
         assert same_bits(nested, state.absmax)
-        assert mean == offset.item()
+        assert mean.item() == offset.item()
         wanted = bnb.dequantize_blockwise(theirs, state) + offset
         assert same_bits(dequantize_absmax(codes, nested, mean), wanted)
 
@@ -161,7 +161,7 @@ def test_nested_equals_bitsandbytes(blocks: int, scale: float) -> None:
 def test_absmax_decodes_with_another_table() -> None:
     codes, nested = torch.tensor([0, 255, 127], dtype=torch.uint8), torch.tensor([2.0])
     table = torch.linspace(-1, 1, 256)
-    out = dequantize_absmax(codes, nested, 0.5, table)
+    out = dequantize_absmax(codes, nested, torch.tensor(0.5), table)
     assert out.tolist() == [-1.5, 2.5, (table[127] * 2 + 0.5).item()]
 
 
@@ -230,7 +230,7 @@ def test_long_tensors_are_quantised_in_pieces_that_fit() -> None:
 
 def test_a_stored_weight_dequantises() -> None:
     dense = torch.randn(3, 5)
-    stored = StoredWeight(dense, None, None, 0.0, "dense", 0)
+    stored = StoredWeight(dense, None, None, None, "dense", 0)
     assert torch.equal(dequantize(stored, 3, 5, torch.bfloat16), dense.bfloat16())
     packed, absmax = quantize_blocks(dense.view(-1), FORMATS["fp4"], 64)
     codes, nested, offset = quantize_absmax(absmax)
@@ -241,4 +241,4 @@ def test_a_stored_weight_dequantises() -> None:
 
 def test_a_dense_weight_has_no_magnitudes() -> None:
     with pytest.raises(ValueError, match=r"Block magnitudes need a 4-bit weight, .* 'dense'"):
-        decoded_absmax(StoredWeight(torch.ones(2, 2), None, None, 0.0, "dense", 0))
+        decoded_absmax(StoredWeight(torch.ones(2, 2), None, None, None, "dense", 0))

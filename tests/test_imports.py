@@ -17,11 +17,12 @@ KERNELS = Path(str(files("fastlora_kernels")))
 # Lowest first: a module imports only from its own layer or from those before it.
 LAYERS = [
     ["bnb_format", "bnb_live", "quant", "backends"],
-    ["dispatch", "checks"],
+    ["weight_checks", "dispatch", "checks"],
     ["ops"],
+    ["kron", "factors", "functional", "group"],
     ["adapters"],
     ["config", "layers"],
-    ["plan", "patch", "report"],
+    ["fuse", "plan", "patch", "report"],
     ["adapter_files", "checkpoint"],
     ["__init__"],
     ["integrations"],

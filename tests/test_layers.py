@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from fastlora_kernels.low_rank import keep_mask
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import LoraConfig, QuantConfig
+from fastlora import LoraConfig, QuantConfig, ops
 from fastlora.layers import AdapterLinear, QuantizedLinear
 
 X = torch.randn(5, 33, generator=torch.Generator().manual_seed(3))
@@ -139,7 +142,8 @@ def test_every_adapter_parameter_gets_its_gradient(quantize: str | QuantConfig |
 def dropout_reference(layer: AdapterLinear, x: Tensor) -> Tensor:
     params = layer.adapter_params()
     assert layer.adapter is not None
-    dropped = functional.dropout(x, layer.adapter.dropout)
+    p = layer.adapter.dropout
+    dropped = x * keep_mask(ops.dropout_seed(x), *x.shape, p) / (1 - p)
     update = dropped @ params["lora_A"].t() @ params["lora_B"].t() * layer.adapter.scaling
     return functional.linear(x, layer.dense_weight(), layer.bias) + update
 
@@ -152,9 +156,28 @@ def test_dropout_only_in_training(quantize: str | None) -> None:
     y = layer(X)
     torch.manual_seed(5)
     torch.testing.assert_close(y, dropout_reference(layer, X))
+    assert not torch.equal(layer(X), y)
     layer.eval()
     assert torch.equal(layer(X), layer(X))
-    assert not torch.equal(layer(X), y)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_reproduced_by_the_seed_and_under_checkpointing(use_dora: bool) -> None:
+    model = model_of("nf4", lora_dropout=0.5, use_dora=use_dora).train()
+    x = X.clone().requires_grad_()
+
+    def grads(run: Callable[[], Tensor]) -> list[Tensor]:
+        torch.manual_seed(7)
+        model.zero_grad()
+        x.grad = None
+        run().square().sum().backward()
+        return [t.grad for t in (x, *model.parameters()) if t.grad is not None]
+
+    plain = grads(lambda: model(x))
+    for reentrant in (False, True):
+        again = grads(lambda r=reentrant: checkpoint(model, x, use_reentrant=r))
+        assert len(again) == len(plain) and all(map(torch.equal, again, plain))
+    assert all(map(torch.equal, grads(lambda: model(x)), plain))
 
 
 def test_repr_names_the_format_and_the_adapter() -> None:

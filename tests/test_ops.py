@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastlora_kernels.formats import StoredWeight, dequantize
+from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,8 @@ from tests import contract
 SHAPES = [(1, 1, 2, 1), (3, 17, 64, 1), (7, 5, 33, 3), (64, 129, 64, 16), (129, 24, 130, 8)]
 FORMATS = ["dense", "nf4", "fp4"]
 DTYPES = [torch.float32, torch.bfloat16]
+PLAIN = (0.5, 0.0, None, None)  # scaling; no dropout, no spans
+NOTHING = (None, None, None, 0.0, 0.0, None, None)  # neither bias nor update
 
 
 class Case(NamedTuple):
@@ -40,7 +43,7 @@ def make(
         return torch.randn(*shape, generator=g)
 
     dense = (normal(n, k) * 0.1).to(dtype)
-    weight = StoredWeight(dense, None, None, 0.0, "dense", 0)
+    weight = StoredWeight(dense, None, None, None, "dense", 0)
     if format != "dense":
         weight = fastlora.quantize_4bit(dense, format, 64, double).stored()
     x, bias, dy = normal(m, k).to(dtype), normal(n).to(dtype), normal(m, n).to(dtype)
@@ -64,7 +67,7 @@ def functions(case: Case, backend: str) -> tuple[contract.Op, contract.Op]:
     dense = dequantize(case.weight, n, k, case.x.dtype)
 
     def ours(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return ops.linear(x, case.weight, bias, A, B, 0.7, backend)
+        return ops.linear(x, case.weight, bias, LowRank(A, B, 0.7), backend)
 
     def unfused(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         y = functional.linear(x, dense.to(x.dtype), bias)
@@ -109,7 +112,7 @@ def test_gradcheck_of_the_definition() -> None:
     leaves = tuple(t.requires_grad_() for t in (case.x, bias, A, B))
 
     def forward(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return ops.linear(x, case.weight, bias, A, B, 0.7, "reference")
+        return ops.linear(x, case.weight, bias, LowRank(A, B, 0.7), "reference")
 
     assert torch.autograd.gradcheck(forward, leaves)
 
@@ -120,8 +123,9 @@ def test_any_number_of_dimensions(lead: tuple[int, ...], format: str, backend: s
     case = make(1, 10, 33, 3, torch.float32, format)
     x = torch.randn(*lead, 33, requires_grad=True)
     A = case.lora_A.requires_grad_()
-    y = ops.linear(x, case.weight, case.bias, A, case.lora_B, 0.5, backend)
-    rows = ops.linear(x.reshape(-1, 33), case.weight, case.bias, A, case.lora_B, 0.5, backend)
+    update = LowRank(A, case.lora_B, 0.5)
+    y = ops.linear(x, case.weight, case.bias, update, backend)
+    rows = ops.linear(x.reshape(-1, 33), case.weight, case.bias, update, backend)
     assert y.shape == (*lead, 10) and y.is_contiguous()
     assert torch.equal(y.reshape(-1, 10), rows)
     y.sum().backward()
@@ -135,13 +139,13 @@ def test_every_combination_of_gradients(needs: int, backend: str) -> None:
     inputs = [case.x, case.bias, case.lora_A, case.lora_B]
     leaves = [t.clone().requires_grad_(bool(needs >> i & 1)) for i, t in enumerate(inputs)]
     x, bias, A, B = leaves
-    y = ops.linear(x, case.weight, bias, A, B, 0.5, backend)
+    y = ops.linear(x, case.weight, bias, LowRank(A, B, 0.5), backend)
     assert y.requires_grad == (needs > 0)
     if needs:
         y.backward(case.dy)
 
     def forward(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return ops.linear(x, case.weight, bias, A, B, 0.5, backend)
+        return ops.linear(x, case.weight, bias, LowRank(A, B, 0.5), backend)
 
     full = with_gradients(forward, *inputs, case.dy)[1:]
     for leaf, gradient in zip(leaves, full, strict=True):
@@ -165,11 +169,13 @@ def test_saves_x_only_for_the_adapter() -> None:
     case = make(1000, 4, 8, 2, torch.float32, "dense")
     x = case.x.requires_grad_()
     frozen = saved_bytes(
-        lambda: ops.linear(x, case.weight, None, case.lora_A, case.lora_B, 1.0, "reference")
+        lambda: ops.linear(
+            x, case.weight, None, LowRank(case.lora_A, case.lora_B, 1.0), "reference"
+        )
     )
     A = case.lora_A.clone().requires_grad_()
     trained = saved_bytes(
-        lambda: ops.linear(x, case.weight, None, A, case.lora_B, 1.0, "reference")
+        lambda: ops.linear(x, case.weight, None, LowRank(A, case.lora_B, 1.0), "reference")
     )
     assert frozen < x.nbytes <= trained
 
@@ -182,12 +188,12 @@ def test_opcheck(format: str, backend: str) -> None:
     A, B = case.lora_A.requires_grad_(), case.lora_B.requires_grad_()
     inputs = [case.x[:0], case.x.t().contiguous().t(), case.x.view(2, 3, 33)]
     for x in inputs:
-        args = (x.detach().requires_grad_(), *case.weight, case.bias, A, B, 0.5, backend)
+        args = (x.detach().requires_grad_(), *case.weight, case.bias, A, B, *PLAIN, backend)
         torch.library.opcheck(forward, args)
     x = case.x.clone().requires_grad_()
-    torch.library.opcheck(forward, (x, *case.weight, None, None, None, 1.0, backend))
+    torch.library.opcheck(forward, (x, *case.weight, *NOTHING, backend))
     s = (case.x @ A.t()).detach()
-    tail = (case.lora_A.detach(), case.lora_B.detach(), 0.5)
+    tail = (case.lora_A.detach(), case.lora_B.detach(), *PLAIN)
     for need_dx, need_dlora in ((True, True), (True, False), (False, True)):
         flags = (need_dx, need_dlora, backend)
         torch.library.opcheck(backward, (case.dy, case.x, s, *case.weight, *tail, *flags))
@@ -203,7 +209,7 @@ def compiler() -> Iterator[Callable[..., Any]]:
 
 def block(case: Case, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        y = ops.linear(x, case.weight, case.bias, A, B, 0.5, backend)
+        y = ops.linear(x, case.weight, case.bias, LowRank(A, B, 0.5), backend)
         return functional.silu(y) * 2
 
     return run
@@ -288,9 +294,10 @@ def test_functional_takes_tensor_and_quantized_weight(backend: str) -> None:
 CASE = make(4, 6, 8, 2, torch.float32, "nf4")
 GOOD: dict[str, Any] = {
     "x": CASE.x, "weight": CASE.weight, "bias": CASE.bias,
-    "lora_A": CASE.lora_A, "lora_B": CASE.lora_B, "scaling": 1.0, "backend": "reference",
+    "lora_A": CASE.lora_A, "lora_B": CASE.lora_B, "scaling": 1.0, "dropout": 0.5,
+    "seed": torch.tensor([1]), "spans": torch.tensor([[0, 2]] * 4).int(), "backend": "reference",
 }  # fmt: skip
-DENSE = StoredWeight(torch.zeros(6, 8), None, None, 0.0, "dense", 0)
+DENSE = StoredWeight(torch.zeros(6, 8), None, None, None, "dense", 0)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension, got a scalar"),
     ({"x": CASE.x[:, :4]}, ValueError, r"for an input of K = 4 columns must be .*\(6, 4\)"),
@@ -304,25 +311,38 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": CASE.weight._replace(nested_absmax=None)}, TypeError, "absmax must be float32"),
     ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
     ({"bias": torch.zeros(6).half()}, TypeError, "bias must be float32 or torch.float32"),
-    ({"lora_A": None}, TypeError, "lora_A and lora_B come together"),
     ({"lora_A": torch.zeros(2, 9)}, ValueError, r"lora_A must have shape \(r, 8\)"),
     ({"lora_A": torch.zeros(0, 8), "lora_B": torch.zeros(6, 0)}, ValueError, "r at least 1"),
     ({"lora_B": CASE.lora_B.half()}, TypeError, "must both be float32 or torch.float32 like x"),
     ({"lora_A": CASE.lora_A.to("meta")}, ValueError, "all operands must be on one device"),
+    ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
+    ({"seed": torch.tensor([1.0])}, TypeError, "seed must be one int64, got torch.float32"),
+    ({"seed": torch.tensor([1, 2])}, TypeError, r"seed must be one int64, got torch.int64 \(2,\)"),
+    ({"spans": torch.zeros(4, 2)}, TypeError, "spans must be int32 of shape"),
+    ({"spans": torch.zeros(3, 2).int()}, ValueError, "spans must have one row for each row"),
+    ({"weight": CASE.weight._replace(nested_offset=None)}, TypeError, "come together, got only"),
+    ({"weight": CASE.weight._replace(nested_offset=torch.zeros(2))}, TypeError, "one float32"),
     ({"backend": "cuda"}, ValueError, r"backend must be one of \['auto',"),
     ({"backend": 3}, TypeError, "backend must be a str, got int"),
 ]
+
+
+def linear(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, backend: str, **low: Any
+) -> Tensor:
+    A, B = low.pop("lora_A"), low.pop("lora_B")
+    return ops.linear(x, weight, bias, LowRank(A, B, **low), backend)
 
 
 @pytest.mark.parametrize(("change", "kind", "sentence"), BAD, ids=[b[2][:40] for b in BAD])
 def test_bad_operands(change: dict[str, Any], kind: type[Exception], sentence: str) -> None:
     args = GOOD | change
     with pytest.raises(kind, match=sentence):
-        ops.linear(**args)
+        linear(**args)
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "sentence"), BAD[1:16], ids=[b[2][:40] for b in BAD[1:16]]
+    ("change", "kind", "sentence"), BAD[1:22], ids=[b[2][:40] for b in BAD[1:22]]
 )
 def test_bad_operands_say_the_same_when_fake(
     change: dict[str, Any], kind: type[Exception], sentence: str
@@ -338,7 +358,7 @@ def test_bad_operands_say_the_same_when_fake(
         weight = StoredWeight(*map(fake, args.pop("weight")))
         operands = {name: fake(value) for name, value in args.items()}
         with pytest.raises(kind, match=sentence):
-            ops.linear(weight=weight, **operands)
+            linear(weight=weight, **operands)
 
 
 def test_weight_gradient_is_refused() -> None:
@@ -348,7 +368,7 @@ def test_weight_gradient_is_refused() -> None:
         fastlora.lora_linear(CASE.x, weight, backend="reference")
     with pytest.raises(ValueError, match=sentence):
         op = torch.ops.fastlora.lora_linear.default
-        op(CASE.x, weight, None, None, 0.0, "dense", 0, None, None, None, 1.0, "reference")
+        op(CASE.x, weight, None, None, None, "dense", 0, *NOTHING, "reference")
     with torch.no_grad():
         assert fastlora.lora_linear(CASE.x, weight, backend="reference").shape == (4, 6)
 
@@ -356,19 +376,20 @@ def test_weight_gradient_is_refused() -> None:
 @pytest.mark.parametrize("through_op", [False, True])
 def test_second_derivative_is_refused(through_op: bool) -> None:
     x = CASE.x.clone().requires_grad_()
-    args = (CASE.bias, CASE.lora_A, CASE.lora_B, 1.0, "reference")
+    flat = (CASE.bias, CASE.lora_A, CASE.lora_B, *PLAIN, "reference")
+    update = LowRank(CASE.lora_A, CASE.lora_B, 0.5)
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         if through_op:
-            y = torch.ops.fastlora.lora_linear(x, *CASE.weight, *args)[0]
+            y = torch.ops.fastlora.lora_linear(x, *CASE.weight, *flat)[0]
         else:
-            y = ops.linear(x, CASE.weight, *args)
+            y = ops.linear(x, CASE.weight, CASE.bias, update, "reference")
         (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
         dx.sum().backward()
 
 
 def test_backward_op_checks_its_operands() -> None:
     op = torch.ops.fastlora.lora_linear_backward
-    tail = (*CASE.weight, CASE.lora_A, CASE.lora_B, 1.0)
+    tail = (*CASE.weight, CASE.lora_A, CASE.lora_B, *PLAIN)
     with pytest.raises(ValueError, match=r"dy must have shape \(\.\.\., 6\)"):
         op(CASE.dy[:, :5], CASE.x, None, *tail, True, False, "reference")
     with pytest.raises(TypeError, match="dA and dB need x, s and the adapter"):

@@ -278,7 +278,7 @@ def test_report_is_a_dict_and_a_table() -> None:
     assert row["module"] == "blocks.0.up" and row["method"] == "lora" and row["r"] == 4
     assert row["format"] == "nf4" and row["backend"] == "reference" and row["shape"] == (64, 32)
     assert row["scaling"] == 2.0 and "dropout 0.1: adapter not fused" in row["notes"]
-    packed = 64 * 32 // 2 + 32 + 4
+    packed = 64 * 32 // 2 + 32 + 4 + 4
     assert row["bytes"] == packed + 64 * 2 + 4 * (4 * 32 + 64 * 4)
     assert result["skipped"]["head"] == "not a target"
     totals = result["totals"]

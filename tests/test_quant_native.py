@@ -65,7 +65,7 @@ def test_equal_the_reference(isa: str, name: str, blocksize: int) -> None:
             ours, ours_absmax = native.quantize_4bit(x, name, blocksize)
             assert torch.equal(ours, packed), (n, x.dtype)
             assert torch.equal(bits(ours_absmax), bits(absmax)), (n, x.dtype)
-            single = StoredWeight(packed, absmax, None, 0.0, name, blocksize)
+            single = StoredWeight(packed, absmax, None, None, name, blocksize)
             double = StoredWeight(packed, *quantize_absmax(absmax), name, blocksize)
             for stored in (single, double):
                 for dtype in DTYPES:
@@ -92,7 +92,7 @@ def test_all_halves_convert(isa: str, dtype: torch.dtype) -> None:
     packed = torch.full((16 * absmax.numel(), 1), 0xF0, dtype=torch.uint8)  # 1, -1, 1, -1, ...
     offsets = torch.nextafter(absmax, absmax + 1)
     for magnitudes in (absmax, offsets, (absmax[:-1] + absmax[1:]) / 2):
-        stored = StoredWeight(packed, magnitudes, None, 0.0, "nf4", 32)
+        stored = StoredWeight(packed, magnitudes, None, None, "nf4", 32)
         out = native.dequantize_4bit(stored, magnitudes.numel(), 32, dtype)
         assert torch.equal(bits(out[:, 0].contiguous()), bits(magnitudes.to(dtype)))
         assert torch.equal(bits(out[:, 31].contiguous()), bits((-magnitudes).to(dtype)))
@@ -104,6 +104,6 @@ def test_threads_do_not_change_the_result(isa: str) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         packed, absmax = native.quantize_4bit(x, "fp4", 128)
-        stored = StoredWeight(packed, absmax, None, 0.0, "fp4", 128)
+        stored = StoredWeight(packed, absmax, None, None, "fp4", 128)
         results.append((packed, absmax, native.dequantize_4bit(stored, 1, 100_003, torch.bfloat16)))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

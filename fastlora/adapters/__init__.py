@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from fastlora.adapters.base import AdapterConfig, AdapterSpec, Method
+from fastlora.adapters.base import AdapterConfig
+from fastlora.adapters.cache import Cache
+from fastlora.adapters.call import Base, Call
+from fastlora.adapters.method import AdapterSpec, Method
 
 _MODULES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 METHODS: dict[str, Method] = {
@@ -28,4 +31,13 @@ def method_of(config: AdapterConfig) -> Method:
     )
 
 
-__all__ = ["METHODS", "AdapterConfig", "AdapterSpec", "Method", "method_of"]
+__all__ = [
+    "METHODS",
+    "AdapterConfig",
+    "AdapterSpec",
+    "Base",
+    "Cache",
+    "Call",
+    "Method",
+    "method_of",
+]

@@ -1,16 +1,11 @@
-"""What every adapter method shares: the config's common fields, and the parts a method has."""
+"""The fields that the configs of all adapter methods share, and the checks of their values."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
-
-import torch
-from fastlora_kernels.formats import StoredWeight
-from torch import Tensor
 
 from fastlora.adapters import targets
 
@@ -130,12 +125,12 @@ class AdapterConfig:
         layers = self.layers_to_transform
         return layers is None or targets.in_layers(layers, self.layers_pattern, name)
 
-    def rank(self, name: str) -> int:
+    def rank_of(self, name: str) -> int:
         """Return the rank of the module of this name."""
         key = targets.pattern_key(self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
-    def alpha(self, name: str) -> float:
+    def alpha_of(self, name: str) -> float:
         """Return the alpha of the module of this name."""
         key = targets.pattern_key(self.alpha_pattern, name)
         return float(getattr(self, self.alpha_field) if key is None else self.alpha_pattern[key])
@@ -166,6 +161,12 @@ def check_alpha(name: str, value: object) -> None:
         )
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}; pass one")
+
+
 def check_dropout(name: str, value: object) -> None:
     """Raise unless `value` is a probability below 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -186,65 +187,3 @@ def _names(field_name: str, value: Any) -> str | tuple[str, ...] | None:
     if any(not isinstance(name, str) or not name for name in names):
         raise TypeError(f"{field_name} must hold names, got {names!r}; pass str that are not empty")
     return tuple(names)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What one layer's adapter is.
-
-    Attributes:
-        method: name of the method, "lora".
-        r: rank.
-        alpha: numerator of the scaling.
-        scaling: factor of the update.
-        dropout: probability with which the adapter's input is dropped in training.
-    """
-
-    method: str
-    r: int
-    alpha: float
-    scaling: float
-    dropout: float
-
-
-class Method(ABC):
-    """One adapter method: its config, parameters, forward and merge. It keeps no state itself.
-
-    A file of this folder that has a `METHOD` is a method. Its parameters live on the layer, under
-    the names that `shapes` gives them.
-    """
-
-    name: ClassVar[str]
-    config_class: ClassVar[type[AdapterConfig]]
-    file_keys: ClassVar[Mapping[str, str]]  # parameter name -> end of its key in an adapter file
-
-    @abstractmethod
-    def spec(self, config: Any, name: str) -> AdapterSpec:
-        """Return what the adapter of the module `name` is."""
-
-    @abstractmethod
-    def shapes(self, spec: AdapterSpec, n: int, k: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each parameter for a weight (n, k)."""
-
-    @abstractmethod
-    def init(
-        self, config: Any, spec: AdapterSpec, n: int, k: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Return the first values of each parameter, float32 on CPU, drawn from `generator`."""
-
-    @abstractmethod
-    def forward(
-        self,
-        x: Tensor,
-        weight: StoredWeight,
-        bias: Tensor | None,
-        params: Mapping[str, Tensor],
-        spec: AdapterSpec,
-        training: bool,
-        backend: str,
-    ) -> Tensor:
-        """Return the layer's output for x (..., K)."""
-
-    @abstractmethod
-    def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
-        """Return the update of the weight, (N, K) float32 or wider."""

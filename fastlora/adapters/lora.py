@@ -1,7 +1,7 @@
-"""LoRA: ``y = x W^T + bias + scaling (x A^T) B^T``.
+"""LoRA: ``y = x W^T + bias + scaling (x A^T) B^T``; DoRA is LoRA with a magnitude.
 
 Source: Hu et al. 2021, arXiv:2106.09685; rank-stabilised scaling: Kalajdzievski 2023,
-arXiv:2312.03732.
+arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from fastlora_kernels.formats import StoredWeight
 from torch import Tensor
-from torch.nn import functional
 
-from fastlora import ops
-from fastlora.adapters.base import AdapterConfig, AdapterSpec, Method, check_alpha, check_dropout
+from fastlora.adapters import magnitude
+from fastlora.adapters.base import AdapterConfig, check_alpha, check_dropout, check_flag
+from fastlora.adapters.method import AdapterSpec, Method, uniform
 
 INITS = (True, False, "gaussian")
 BIASES = ("none", "all", "lora_only")
@@ -29,18 +28,17 @@ class LoraConfig(AdapterConfig):
 
     Attributes:
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability with which the adapter's input is dropped in training. Above 0
-            the adapter runs as separate torch operations while the model is in training mode.
+        lora_dropout: probability with which an element of the adapter's input is dropped in
+            training; with use_dora this costs a second product with the weight.
         bias: "none", "lora_only" (train the biases of the adapted layers) or "all".
         use_rslora: scale by lora_alpha / sqrt(r) instead.
-        use_dora: not available yet.
+        use_dora: give each output a magnitude of its own, see `fastlora.adapters.magnitude`.
         init_lora_weights: True: A uniform as nn.Linear, B zero; "gaussian": A normal with standard
             deviation 1 / r, B zero; False: both uniform, so the update is not zero at first.
 
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has a value out of range, or a pattern is not safe.
-        NotImplementedError: use_dora.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -60,13 +58,7 @@ class LoraConfig(AdapterConfig):
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {list(BIASES)}, got {self.bias!r}; pass one")
         for name in ("use_rslora", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                given = getattr(self, name)
-                raise TypeError(f"{name} must be True or False, got {given!r}; pass one")
-        if self.use_dora:
-            raise NotImplementedError(
-                "use_dora must be False, got True; this version has no DoRA, so use plain LoRA"
-            )
+            check_flag(name, getattr(self, name))
         if self.init_lora_weights not in INITS:
             raise ValueError(
                 f"init_lora_weights must be one of {list(INITS)}, got {self.init_lora_weights!r};"
@@ -79,50 +71,40 @@ class Lora(Method):
 
     name = "lora"
     config_class = LoraConfig
-    file_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    file_keys = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        magnitude.NAME: magnitude.NAME,
+    }
+    derived = False
 
-    def spec(self, config: LoraConfig, name: str) -> AdapterSpec:
-        """Return rank, alpha and scaling of the module `name`."""
-        r, alpha = config.rank(name), config.alpha(name)
+    def spec(self, config: LoraConfig, name: str, n: int, k: int) -> AdapterSpec:
+        """Return rank, scaling and shapes of the module `name`: A (r, K), B (N, r)."""
+        r, alpha = config.rank_of(name), config.alpha_of(name)
         scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        return AdapterSpec(self.name, r, alpha, scaling, float(config.lora_dropout))
-
-    def shapes(self, spec: AdapterSpec, n: int, k: int) -> dict[str, tuple[int, ...]]:
-        """Return lora_A (r, K) and lora_B (N, r)."""
-        return {"lora_A": (spec.r, k), "lora_B": (n, spec.r)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, k), "lora_B": (n, r)}
+        if config.use_dora:
+            shapes[magnitude.NAME] = (n,)
+        dropout = float(config.lora_dropout)
+        return AdapterSpec(self.name, r, alpha, scaling, shapes, dropout)
 
     def init(
-        self, config: LoraConfig, spec: AdapterSpec, n: int, k: int, generator: torch.Generator
+        self, config: LoraConfig, spec: AdapterSpec, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return first values, by `init_lora_weights`."""
-        lora_A, lora_B = torch.empty(spec.r, k), torch.zeros(n, spec.r)
+        """Return first values, by `init_lora_weights`; `settle` gives the magnitude its own."""
+        values = {name: torch.zeros(shape) for name, shape in spec.shapes.items()}
+        lora_A, lora_B = values["lora_A"], values["lora_B"]
         if config.init_lora_weights == "gaussian":
             lora_A.normal_(std=1 / spec.r, generator=generator)
-            return {"lora_A": lora_A, "lora_B": lora_B}
-        lora_A.uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k), generator=generator)
+            return values
+        uniform(lora_A, generator)
         if config.init_lora_weights is False:
-            bound = 1 / math.sqrt(spec.r)
-            lora_B.uniform_(-bound, bound, generator=generator)
-        return {"lora_A": lora_A, "lora_B": lora_B}
+            uniform(lora_B, generator)
+        return values
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: StoredWeight,
-        bias: Tensor | None,
-        params: Mapping[str, Tensor],
-        spec: AdapterSpec,
-        training: bool,
-        backend: str,
-    ) -> Tensor:
-        """Return the layer's output; with dropout in training the adapter is not fused."""
-        lora_A, lora_B = params["lora_A"], params["lora_B"]
-        if not (training and spec.dropout > 0):
-            return ops.linear(x, weight, bias, lora_A, lora_B, spec.scaling, backend)
-        y = ops.linear(x, weight, bias, None, None, 0.0, backend)
-        dropped = functional.dropout(x.to(lora_A.dtype), spec.dropout)
-        update = functional.linear(functional.linear(dropped, lora_A), lora_B) * spec.scaling
-        return (y + update).to(y.dtype)
+    def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return A and B."""
+        return params["lora_A"], params["lora_B"]
 
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return ``scaling B A``."""

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from fastlora_kernels import native
+from fastlora_kernels import native, native_group
 from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
+from fastlora_kernels.native import (
+    scale_columns,
+    scale_columns_backward,
+    weight_dots,
+    weight_squares,
+)
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastlora.dispatch import Problem
 
 PRIORITY = 20
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "PRIORITY",
+    "dequantize",
+    "lora_linear",
+    "lora_linear_backward",
+    "scale_columns",
+    "scale_columns_backward",
+    "weight_dots",
+    "weight_squares",
+    "why_not",
+]
 
 
 def why_not(problem: Problem) -> str | None:
@@ -29,25 +48,18 @@ def why_not(problem: Problem) -> str | None:
             return f"decodes to float32, bfloat16 and float16 only, not to {problem.dtype}"
     else:
         if problem.dtype not in _DTYPES:
-            return f"computes in float32 and bfloat16 only, not in {problem.dtype}"
+            return f"computes in float32, bfloat16 and float16 only, not in {problem.dtype}"
         if problem.adapter_dtype not in (None, *_DTYPES):
-            return f"takes float32 and bfloat16 adapters only, not {problem.adapter_dtype}"
+            return f"takes float32, bfloat16 and float16 adapters only, not {problem.adapter_dtype}"
     native.library()
     return None
 
 
 def lora_linear(
-    x: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None
 ) -> tuple[Tensor, Tensor]:
     """See `fastlora.backends.reference.lora_linear`."""
-    dense_rows = weight.format == "dense" or x.shape[1] % 2 == 0
-    n = weight.data.shape[0] if dense_rows else 2 * weight.data.numel() // x.shape[1]
-    return native.lora_linear(x, weight, n, bias, lora_A, lora_B, scaling)
+    return native.lora_linear(x, weight, _rows_of(weight, x.shape[1]), bias, update)
 
 
 def lora_linear_backward(
@@ -55,18 +67,45 @@ def lora_linear_backward(
     x: Tensor | None,
     s: Tensor | None,
     weight: StoredWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    update: LowRank | None,
     need_dx: bool,
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastlora.backends.reference.lora_linear_backward`."""
     width = weight.data.shape[1] * (1 if weight.format == "dense" else 2)
     k = width if x is None else x.shape[1]
-    return native.lora_linear_backward(
-        dy, x, s, weight, k, lora_A, lora_B, scaling, need_dx, need_dlora
-    )
+    return native.lora_linear_backward(dy, x, s, weight, k, update, need_dx, need_dlora)
+
+
+def _rows_of(weight: StoredWeight, k: int) -> int:
+    """Return N; a packed weight with odd K is flat."""
+    whole = weight.format == "dense" or k % 2 == 0
+    return weight.data.shape[0] if whole else 2 * weight.data.numel() // k
+
+
+def lora_group(
+    x: Tensor,
+    weights: Sequence[StoredWeight],
+    biases: Sequence[Tensor | None],
+    updates: Sequence[LowRank | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (y, s) of each of the linears that are fed x (M, K)."""
+    n = [_rows_of(weight, x.shape[1]) for weight in weights]
+    return native_group.lora_group(x, weights, n, biases, updates)
+
+
+def lora_group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    ss: Sequence[Tensor],
+    weights: Sequence[StoredWeight],
+    updates: Sequence[LowRank | None],
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Return dx (M, K), summed over the linears, and each one's dA and dB or None."""
+    n = [dy.shape[1] for dy in dys]
+    return native_group.lora_group_backward(dys, x, ss, weights, n, updates, need_dx, need_dlora)
 
 
 def dequantize(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:

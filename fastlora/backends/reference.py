@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from fastlora_kernels.formats import StoredWeight, dequantize
+from fastlora_kernels.low_rank import LowRank, keep_mask, keep_scale, span_mask
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
     from fastlora.dispatch import Problem
 
 PRIORITY = 0
-__all__ = ["PRIORITY", "dequantize", "lora_linear", "lora_linear_backward", "why_not"]
+__all__ = [
+    "PRIORITY",
+    "dequantize",
+    "drop",
+    "lora_linear",
+    "lora_linear_backward",
+    "scale_columns",
+    "scale_columns_backward",
+    "weight_dots",
+    "weight_squares",
+    "why_not",
+]
 
 
 def why_not(problem: Problem) -> str | None:
@@ -27,36 +39,31 @@ def why_not(problem: Problem) -> str | None:
 
 
 def lora_linear(
-    x: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y = x W^T + bias + scaling (x A^T) B^T`` and ``s = x A^T``.
+    """Return ``y = x W^T + bias + scaling s B^T`` and ``s = mask_spans(drop(x) A^T)``.
 
     Args:
         x: (M, K), floating.
         weight: the stored (N, K) weight.
         bias: (N,) in x's dtype, or None.
-        lora_A: (r, K), or None.
-        lora_B: (N, r), or None.
-        scaling: alpha / r.
+        update: the low-rank term, or None.
 
     Returns:
-        y (M, N) in x's dtype; s (M, r) float32 (float64 for float64 x), shape (0,) without adapter.
+        y (M, N) in x's dtype; s (M, R) float32 (float64 for float64 x), shape (0,) without update.
 
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     n, k = _shape(weight, x.shape[1])
     y = functional.linear(x, dequantize(weight, n, k, x.dtype), bias)
-    if lora_A is None or lora_B is None:
+    if update is None:
         return y, x.new_empty(0, dtype=wide)
-    s = functional.linear(x.to(lora_A.dtype), lora_A)  # (M, r)
-    y = (y + functional.linear(s, lora_B) * scaling).to(x.dtype)
-    return y, s.to(wide)
+    A, B = update.A, update.B
+    dropped, scale = _drop(x, update)
+    s = functional.linear(dropped.to(A.dtype), A).to(wide) * scale  # (M, R)
+    s = _only_spans(s, update)
+    return (y + functional.linear(s.to(B.dtype), B) * update.scaling).to(x.dtype), s
 
 
 def lora_linear_backward(
@@ -64,45 +71,121 @@ def lora_linear_backward(
     x: Tensor | None,
     s: Tensor | None,
     weight: StoredWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    update: LowRank | None,
     need_dx: bool,
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients ``dx``, ``dA``, ``dB``.
 
-    ``dx = dy W + scaling (dy B) A``, ``dA = scaling (dy B)^T x``, ``dB = scaling dy^T s``.
+    With ``ds = mask_spans(scaling dy B)``: ``dx = dy W + drop(ds A)``, ``dA = ds^T drop(x)``,
+    ``dB = scaling dy^T s``.
 
     Args:
         dy: (M, N).
         x: (M, K) of the forward; needed for `need_dlora`, or when a packed weight has odd K.
-        s: (M, r) of the forward; needed for `need_dlora`.
+        s: (M, R) of the forward; needed for `need_dlora`.
         weight: the stored (N, K) weight.
-        lora_A: (r, K), or None.
-        lora_B: (N, r), or None.
-        scaling: alpha / r.
+        update: the low-rank term, or None.
         need_dx: compute dx; otherwise it comes back without elements.
         need_dlora: compute dA and dB; otherwise they come back without elements.
 
     Returns:
-        dx (M, K) in dy's dtype; dA (r, K) and dB (N, r) in the adapter's dtype.
+        dx (M, K) in dy's dtype; dA (R, K) and dB (N, R) in the adapter's dtype.
     """
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if need_dx:
         n, k = _shape(weight, None if x is None else x.shape[1])
         dx = dy @ dequantize(weight, n, k, dy.dtype)
-    if lora_A is None or lora_B is None:
+    if update is None:
         return dx, dA, dB
-    t = (dy.to(lora_B.dtype) @ lora_B) * scaling  # (M, r)
+    A, B = update.A, update.B
+    ds = _only_spans((dy.to(B.dtype) @ B) * update.scaling, update)  # (M, R)
     if need_dx:
-        dx = (dx + t @ lora_A).to(dy.dtype)
+        dropped, scale = _drop(ds @ A, update)
+        dx = (dx + dropped * scale).to(dy.dtype)
     if need_dlora:
         if x is None or s is None:
             raise ValueError("the gradient of the adapter needs x and s, got None; pass both")
-        dA = t.t() @ x.to(t.dtype)
-        dB = (dy.to(t.dtype).t() @ s.to(t.dtype)) * scaling
+        dropped, scale = _drop(x, update)
+        dA = (ds.t() @ dropped.to(ds.dtype)) * scale
+        dB = (dy.to(ds.dtype).t() @ s.to(ds.dtype)) * update.scaling
     return dx, dA, dB
+
+
+def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
+    """Return ``a W^T``, with W decoded to `dtype` and sums in float32.
+
+    Args:
+        a: (R, K) float32 or `dtype`.
+        weight: the stored (N, K) weight.
+        n: N.
+        dtype: to which W is decoded.
+
+    Returns:
+        (R, N) float32 (float64 for float64).
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return a.to(wide) @ dequantize(weight, n, a.shape[1], dtype).to(wide).t()
+
+
+def weight_squares(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of squares of each row of W decoded to `dtype`: (N,) float32 (or float64)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return dequantize(weight, n, k, dtype).to(wide).square().sum(1)
+
+
+def scale_columns(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``z * scale + bias``, computed in float32 and rounded once.
+
+    Args:
+        z: (M, N), floating.
+        scale: (N,) float32 (float64 for float64 z).
+        bias: (N,), or None.
+
+    Returns:
+        (M, N) in z's dtype.
+    """
+    y = z * scale
+    return (y if bias is None else y + bias).to(z.dtype)
+
+
+def scale_columns_backward(
+    dy: Tensor, z: Tensor | None, scale: Tensor, need_dz: bool, need_dscale: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``dz = dy * scale`` (M, N) in dy's dtype and ``dscale = sum_m dy * z`` (N,).
+
+    What is not needed comes back without elements; z is needed for `need_dscale`.
+    """
+    dz = (dy * scale).to(dy.dtype) if need_dz else dy.new_empty(0)
+    if not need_dscale:
+        return dz, scale.new_empty(0)
+    if z is None:
+        raise ValueError("the gradient of the scale needs z, got None; pass it")
+    return dz, (dy.to(scale.dtype) * z).sum(0)
+
+
+def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """Return x (M, K) with some elements zero and the others times ``1 / (1 - dropout)``.
+
+    The mask is `fastlora_kernels.low_rank.keep_mask`; this is its own gradient.
+    """
+    keep = keep_mask(seed, x.shape[0], x.shape[1], dropout)
+    return (x * keep_scale(dropout)).masked_fill_(~keep, 0)
+
+
+def _drop(x: Tensor, update: LowRank) -> tuple[Tensor, float]:
+    """Return x (M, K) without the dropped elements, and the factor of the others."""
+    if update.seed is None:
+        return x, 1.0
+    keep = keep_mask(update.seed, x.shape[0], x.shape[1], update.dropout)
+    return x.masked_fill(~keep, 0), keep_scale(update.dropout)
+
+
+def _only_spans(s: Tensor, update: LowRank) -> Tensor:
+    """Return s (M, R) with zeros outside of each row's ranks."""
+    if update.spans is None:
+        return s
+    return s.masked_fill(~span_mask(update.spans, s.shape[1]), 0)
 
 
 def _shape(weight: StoredWeight, k: int | None) -> tuple[int, int]:

@@ -23,10 +23,11 @@ from fastlora_kernels.formats import (
     nested_table,
     rounding_tables,
 )
+from fastlora_kernels.low_rank import LowRank
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABI = 1
+_ABI = 2
 _CPU = torch.device("cpu")
 _REBUILD = "run `pip install -e .` (or `pip install --force-reinstall fastlora`) again"
 
@@ -44,7 +45,7 @@ class _Weight(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
         ("nested_code", ctypes.c_void_p),
-        ("nested_offset", ctypes.c_float),
+        ("nested_offset", ctypes.c_void_p),
         ("block_shift", ctypes.c_int32),
     ]
 
@@ -58,6 +59,9 @@ class _Lora(ctypes.Structure):
         ("scaling", ctypes.c_float),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
+        ("spans", ctypes.c_void_p),
+        ("seed", ctypes.c_void_p),
+        ("dropout", ctypes.c_double),
     ]
 
 
@@ -73,6 +77,18 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "fastlora_lora_linear": ([_i32, _i64, _p, _i64, _w, _p, _l, _p, _p, _i32], _i32),
     "fastlora_lora_linear_backward": (
         [_i32, _i64, _p, _i64, _p, _i64, _p, _w, _l, _p, _p, _p, _i32],
+        _i32,
+    ),
+    "fastlora_lora_group": ([_i32, _i64, _p, _i64, _i32, _w, _p, _l, _p, _p, _i32], _i32),
+    "fastlora_lora_group_backward": (
+        [_i32, _i64, _i32, _p, _p, _p, _i64, _p, _w, _l, _p, _p, _p, _i32],
+        _i32,
+    ),
+    "fastlora_weight_dots": ([_i32, _i32, _i64, _p, _w, _p, _i32], _i32),
+    "fastlora_weight_squares": ([_i32, _w, _p, _i32], _i32),
+    "fastlora_scale_columns": ([_i32, _i64, _i64, _p, _p, _p, _p, _i32], _i32),
+    "fastlora_scale_columns_backward": (
+        [_i32, _i64, _i64, _p, _i64, _p, _p, _p, _p, _i32],
         _i32,
     ),
     "fastlora_quantize_4bit": ([_i32, _i64, _p, _p, _p, _i64, _p, _p, _i32], _i32),
@@ -165,10 +181,10 @@ def _describe(weight: StoredWeight, n: int, k: int) -> _Weight:
     if absmax is None:
         return _Weight(n, k, 0, DTYPES[data.dtype], data.data_ptr())
     code, nested_code = _tables(format)
-    inner = None if nested is None else nested.data_ptr()
+    inner, mean = _pointer(nested), _pointer(offset)
     shift = blocksize.bit_length() - 1
     return _Weight(
-        n, k, 1, 0, data.data_ptr(), code, absmax.data_ptr(), inner, nested_code, offset, shift
+        n, k, 1, 0, data.data_ptr(), code, absmax.data_ptr(), inner, nested_code, mean, shift
     )
 
 
@@ -185,14 +201,17 @@ def _contiguous(weight: StoredWeight) -> StoredWeight:
     return weight._replace(data=data.contiguous(), absmax=absmax, nested_absmax=nested)
 
 
-def _adapter(
-    a: Tensor | None, b: Tensor | None, scaling: float
-) -> tuple[_Lora, Tensor | None, Tensor | None]:
-    """The C view of an adapter and the tensors that must outlive it."""
-    if a is None or b is None:
-        return _Lora(0, 0, 0.0, None, None), None, None
-    a, b = a.contiguous(), b.contiguous()
-    return _Lora(a.shape[0], DTYPES[a.dtype], scaling, a.data_ptr(), b.data_ptr()), a, b
+def _low_rank(update: LowRank | None) -> tuple[_Lora, LowRank | None]:
+    """The C view of an update, and the update whose tensors must outlive it."""
+    if update is None:
+        return _Lora(), None
+    a, b, scaling, dropout, seed, spans = update
+    if not (a.is_contiguous() and b.is_contiguous() and (spans is None or spans.is_contiguous())):
+        a, b = a.contiguous(), b.contiguous()
+        spans = None if spans is None else spans.contiguous()
+        update = LowRank(a, b, scaling, dropout, seed, spans)
+    pointers = (a.data_ptr(), b.data_ptr(), _pointer(spans), _pointer(seed))
+    return _Lora(a.shape[0], DTYPES[a.dtype], scaling, *pointers, dropout), update
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -214,30 +233,26 @@ def lora_linear(
     weight: StoredWeight,
     n: int,
     bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    update: LowRank | None,
 ) -> tuple[Tensor, Tensor]:
-    """``y = x W^T + bias + scaling (x A^T) B^T`` and ``s = x A^T``.
+    """``y = x W^T + bias + scaling s B^T`` and ``s = mask_spans(drop(x) A^T)``.
 
     Args:
         x: (M, K) float32 or bfloat16.
         weight: (N, K): 4-bit, or dense in x's dtype.
         n: rows of the weight.
         bias: (N,) any float, or None.
-        lora_A: (r, K) float32 or bfloat16, or None.
-        lora_B: (N, r), the dtype of lora_A.
-        scaling: dimensionless.
+        update: the low-rank term, float32 or in x's dtype, or None.
 
     Returns:
-        y (M, N) in x's dtype; s (M, r) float32, or (0,) without an adapter.
+        y (M, N) in x's dtype; s (M, R) float32, or (0,) without an update.
     """
     x, weight = _rows(x), _contiguous(weight)
     m, k = x.shape
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    lora, a, b = _adapter(lora_A, lora_B, scaling)
+    lora, alive = _low_rank(update)
     y = x.new_empty(m, n)
-    s = x.new_empty((m, lora.r) if a is not None else (0,), dtype=torch.float32)
+    s = x.new_empty((m, lora.r) if alive is not None else (0,), dtype=torch.float32)
     status = library().fastlora_lora_linear(
         DTYPES[x.dtype],
         m,
@@ -251,7 +266,6 @@ def lora_linear(
         torch.get_num_threads(),
     )
     _check(status, "fastlora_lora_linear")
-    del a, b  # kept alive until here
     return y, s
 
 
@@ -261,9 +275,7 @@ def lora_linear_backward(
     s: Tensor | None,
     weight: StoredWeight,
     k: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    update: LowRank | None,
     need_dx: bool,
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,29 +283,27 @@ def lora_linear_backward(
 
     Args:
         dy: (M, N) float32 or bfloat16.
-        x: (M, K) and s: (M, r) of the forward pass, needed for the adapter's gradients.
+        x: (M, K) and s: (M, R) of the forward pass, needed for the adapter's gradients.
         s: see x.
         weight: as in the forward pass.
         k: columns of the weight.
-        lora_A: as in the forward pass.
-        lora_B: as in the forward pass.
-        scaling: as in the forward pass.
+        update: as in the forward pass.
         need_dx: compute dx.
         need_dlora: compute dA and dB.
 
     Returns:
-        dx (M, K) in dy's dtype, dA (r, K) and dB (N, r) in the adapter's dtype; without elements
+        dx (M, K) in dy's dtype, dA (R, K) and dB (N, R) in the update's dtype; without elements
         where not needed.
     """
     dy, weight = _rows(dy), _contiguous(weight)
     m, n = dy.shape
     x = None if x is None or not need_dlora else _rows(x)
     s = None if s is None else s.contiguous()
-    lora, a, b = _adapter(lora_A, lora_B, scaling)
+    lora, alive = _low_rank(update)
     dx = dy.new_empty((m, k) if need_dx else (0,))
     da = db = dy.new_empty(0)
-    if need_dlora and a is not None and b is not None:
-        da, db = torch.empty_like(a), torch.empty_like(b)
+    if need_dlora and alive is not None:
+        da, db = torch.empty_like(alive.A), torch.empty_like(alive.B)
     status = library().fastlora_lora_linear_backward(
         DTYPES[dy.dtype],
         m,
@@ -311,6 +321,92 @@ def lora_linear_backward(
     )
     _check(status, "fastlora_lora_linear_backward")
     return dx, da, db
+
+
+def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
+    """``a W^T``, with W decoded to `dtype` and sums in float32.
+
+    Args:
+        a: (R, K) float32 or `dtype`.
+        weight: (N, K): 4-bit, or dense of `dtype`.
+        n: rows of the weight.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        (R, N) float32.
+    """
+    a, weight = a.contiguous(), _contiguous(weight)
+    r, k = a.shape
+    out = a.new_empty((r, n), dtype=torch.float32)
+    view, threads = ctypes.byref(_describe(weight, n, k)), torch.get_num_threads()
+    status = library().fastlora_weight_dots(
+        DTYPES[dtype], DTYPES[a.dtype], r, a.data_ptr(), view, out.data_ptr(), threads
+    )
+    _check(status, "fastlora_weight_dots")
+    return out
+
+
+def weight_squares(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Sum of squares of each row of a weight (n, k) decoded to `dtype`: (n,) float32."""
+    weight = _contiguous(weight)
+    out = torch.empty(n, dtype=torch.float32)
+    view, threads = ctypes.byref(_describe(weight, n, k)), torch.get_num_threads()
+    status = library().fastlora_weight_squares(DTYPES[dtype], view, out.data_ptr(), threads)
+    _check(status, "fastlora_weight_squares")
+    return out
+
+
+def scale_columns(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``z * scale + bias`` in float32, rounded once.
+
+    Args:
+        z: (M, N) float32 or bfloat16.
+        scale: (N,) float32.
+        bias: (N,) any float, or None.
+
+    Returns:
+        (M, N) in z's dtype.
+    """
+    z, scale = z.contiguous(), scale.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    m, n = z.shape
+    y = torch.empty_like(z)
+    pointers = (z.data_ptr(), scale.data_ptr(), _pointer(bias), y.data_ptr())
+    status = library().fastlora_scale_columns(
+        DTYPES[z.dtype], m, n, *pointers, torch.get_num_threads()
+    )
+    _check(status, "fastlora_scale_columns")
+    return y
+
+
+def scale_columns_backward(
+    dy: Tensor, z: Tensor | None, scale: Tensor, need_dz: bool, need_dscale: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `scale_columns`: dz (M, N) in dy's dtype and dscale (N,) float32.
+
+    What is not needed comes back without elements; z is needed for `need_dscale`.
+    """
+    dy, scale = _rows(dy), scale.contiguous()
+    z = None if z is None or not need_dscale else z.contiguous()
+    m, n = dy.shape
+    dz = dy.new_empty((m, n) if need_dz else (0,))
+    dscale = scale.new_empty(n if need_dscale else 0)
+    if m == 0:
+        return dz, dscale.zero_()
+    status = library().fastlora_scale_columns_backward(
+        DTYPES[dy.dtype],
+        m,
+        n,
+        dy.data_ptr(),
+        dy.stride(0),
+        _pointer(z),
+        scale.data_ptr(),
+        dz.data_ptr() if need_dz else None,
+        dscale.data_ptr() if need_dscale else None,
+        torch.get_num_threads(),
+    )
+    _check(status, "fastlora_scale_columns_backward")
+    return dz, dscale
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,15 @@
-"""Where the tests of Triton kernels run: in the interpreter, or on a GPU (FASTLORA_TEST_GPU=1)."""
+"""Where kernel tests run.
+
+Triton: in the interpreter, or on a GPU (FASTLORA_TEST_GPU=1). C++: with each instruction set.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from fastlora_kernels import native
 
 from tests import interpreter
 
@@ -17,3 +23,15 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("FASTLORA_TEST_GPU=1 needs a CUDA device, found none; unset it")
     return str(request.param)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the C++ kernels that this CPU has."""
+    before, name = native.isa(), str(request.param)
+    try:
+        native.set_isa(name)
+    except ValueError:
+        pytest.skip(f"this CPU has no {name}")
+    yield name
+    native.set_isa(before)

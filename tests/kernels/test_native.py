@@ -11,13 +11,14 @@ import pytest
 import torch
 from fastlora_kernels import native
 from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
-from fastlora import quantize_4bit
 from fastlora.backends import native as backend
 from fastlora.backends import reference
 from fastlora.dispatch import Problem
 from tests import contract
+from tests.kernels.native_problems import KINDS, operands, stored
 
 SCALING = 0.7
 # m, n, k, r: one token; few; around the vector, tile and panel widths; more than one panel deep
@@ -34,65 +35,12 @@ SHAPES = [
 ]
 
 
-def supported() -> list[str]:
-    before = native.isa()
-    names = []
-    for name in native.ISAS:
-        try:
-            native.set_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    native.set_isa(before)
-    return names
-
-
-@pytest.fixture(params=supported())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
-def stored(n: int, k: int, dtype: torch.dtype, kind: str) -> StoredWeight:
-    """A weight of one of the kinds that the parameters below name."""
-    weight = (torch.randn(n, k) * k**-0.5).to(dtype)
-    if kind == "dense":
-        return StoredWeight(weight, None, None, 0.0, "dense", 0)
-    quant_type, blocksize, double = kind.split("-")
-    return quantize_4bit(weight, quant_type, int(blocksize), double == "double").stored()
-
-
-KINDS = [
-    "nf4-64-double",
-    "nf4-64-single",
-    "fp4-64-double",
-    "nf4-32-double",
-    "nf4-512-single",
-    "dense",
-]
-
-
-def operands(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter: torch.dtype
-) -> list[Tensor]:
-    m, n, k, r = shape
-    sizes = ((m, k), (m, n), (n,), (r, k), (n, r))
-    scales = (1.0, 1.0, 1.0, k**-0.5, 1.0)
-    dtypes = (dtype, dtype, dtype, adapter, adapter)
-    return [
-        (torch.randn(size) * scale).to(kind)
-        for size, scale, kind in zip(sizes, scales, dtypes, strict=True)
-    ]
-
-
 def run(module: Any, weight: StoredWeight) -> contract.Op:
     """y, dx, dA, dB of a backend for x, dy, bias, A, B."""
 
     def op(x: Tensor, dy: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        y, s = module.lora_linear(x, weight, bias, a, b, SCALING)
-        grads = module.lora_linear_backward(dy, x, s, weight, a, b, SCALING, True, True)
+        y, s = module.lora_linear(x, weight, bias, LowRank(a, b, SCALING))
+        grads = module.lora_linear_backward(dy, x, s, weight, LowRank(a, b, SCALING), True, True)
         return y, *grads
 
     return op
@@ -166,12 +114,12 @@ def test_no_rows_zero_rows_and_large_values(isa: str) -> None:
     for m in (1, 5, 20):
         x, _, _, a, b = operands((m, 24, 128, 4), torch.bfloat16, torch.float32)
         x[0] = 0
-        y, s = backend.lora_linear(x, weight, None, a, b, SCALING)
+        y, s = backend.lora_linear(x, weight, None, LowRank(a, b, SCALING))
         assert not y[0].any() and not s[0].any()
-        large, _ = backend.lora_linear(x * 2.0**100, weight, None, a, b, SCALING)
+        large, _ = backend.lora_linear(x * 2.0**100, weight, None, LowRank(a, b, SCALING))
         assert torch.equal(large, y * 2.0**100)  # a power of two changes no rounding
         zero = weight._replace(data=torch.full_like(weight.data, 0x77))
-        y, _ = backend.lora_linear(x, zero, None, None, None, 0.0)
+        y, _ = backend.lora_linear(x, zero, None, None)
         assert not y.any()  # nibble 7 is the zero of nf4
 
 
@@ -181,10 +129,10 @@ def test_ties_round_to_even(isa: str) -> None:
     rows = [[1 + i * ulp, ulp / 2 + j * 2.0**-16] for i in range(4) for j in (-1, 0, 1)]
     w = torch.zeros(16, 128)
     w[: len(rows), :2] = torch.tensor(rows)
-    weight = StoredWeight(w.bfloat16(), None, None, 0.0, "dense", 0)
+    weight = StoredWeight(w.bfloat16(), None, None, None, "dense", 0)
     for m in (1, 5, 20):
         x = torch.ones(m, 128, dtype=torch.bfloat16)
-        y, _ = backend.lora_linear(x, weight, None, None, None, 0.0)
+        y, _ = backend.lora_linear(x, weight, None, None)
         exact = x.float() @ weight.data.float().t()
         assert torch.equal(y, exact.bfloat16())
         assert torch.equal(y[0, 1::3][:4], torch.tensor([1, 1 + 2 * ulp, 1 + 2 * ulp, 1 + 4 * ulp]))
@@ -196,10 +144,10 @@ def test_nothing_is_written_outside(isa: str) -> None:
         weight = stored(50, 200, torch.bfloat16, "nf4-64-double")
         x, _, _, a, b = operands((m, 50, 200, 3), torch.bfloat16, torch.float32)
         canary = contract.Canary((m, 50), torch.bfloat16)
-        _, s = backend.lora_linear(x, weight, None, a, b, 1.0)
+        _, s = backend.lora_linear(x, weight, None, LowRank(a, b, 1.0))
         out = _into(canary.tensor, x, weight, a, b)
         canary.check(f"{isa} m={m}")
-        want, _ = backend.lora_linear(x, weight, None, a, b, 1.0)
+        want, _ = backend.lora_linear(x, weight, None, LowRank(a, b, 1.0))
         assert contract.same_bits(out, want)
         assert s.shape == (m, 3)
 
@@ -214,7 +162,9 @@ def _into(out: Tensor, x: Tensor, weight: StoredWeight, a: Tensor, b: Tensor) ->
                 return out
             return torch.empty(shape, dtype=kwargs.get("dtype", x.dtype))
 
-    y, _ = native.lora_linear(x.as_subclass(Watched), weight, out.shape[1], None, a, b, 1.0)
+    y, _ = native.lora_linear(
+        x.as_subclass(Watched), weight, out.shape[1], None, LowRank(a, b, 1.0)
+    )
     return y
 
 

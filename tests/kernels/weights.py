@@ -18,7 +18,7 @@ def quantized(
     data = packed.view(n, k // 2) if k % 2 == 0 else packed
     if not double:
         absmax = absmax.to(device)
-        return StoredWeight(data.to(device), absmax, None, 0.0, quant_type, blocksize)
+        return StoredWeight(data.to(device), absmax, None, None, quant_type, blocksize)
     codes, nested, offset = formats.quantize_absmax(absmax)
     return StoredWeight(
         data.to(device), codes.to(device), nested.to(device), offset, quant_type, blocksize

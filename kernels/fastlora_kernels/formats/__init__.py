@@ -31,7 +31,7 @@ class StoredWeight(NamedTuple):
         absmax: 4-bit: float32 (blocks,), or uint8 (blocks,) when double-quantised, with
             blocks = ceil(N * K / blocksize). Dense: None.
         nested_absmax: double-quantised: float32 (ceil(blocks / 256),). Otherwise None.
-        nested_offset: double-quantised: added to the decoded absmax. Otherwise 0.0.
+        nested_offset: double-quantised: one float32, added to every decoded absmax. Otherwise None.
         format: ``"dense"`` or a name in `FORMATS`.
         blocksize: 4-bit: values per block. Dense: 0.
     """
@@ -39,7 +39,7 @@ class StoredWeight(NamedTuple):
     data: Tensor
     absmax: Tensor | None
     nested_absmax: Tensor | None
-    nested_offset: float
+    nested_offset: Tensor | None
     format: str
     blocksize: int
 
@@ -61,7 +61,7 @@ def decoded_absmax(weight: StoredWeight) -> Tensor:
             f"Block magnitudes need a 4-bit weight, but this one is {weight.format!r}; "
             "use its data as it is."
         )
-    if weight.nested_absmax is None:
+    if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax
     return dequantize_absmax(weight.absmax, weight.nested_absmax, weight.nested_offset)
 

@@ -74,7 +74,7 @@ def _nearest(device: torch.device) -> Tensor:
     return torch.where(take_right, right, right - 1).to(torch.uint8)
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Store block magnitudes in 8 bits each, around their mean.
 
     Each is rounded to one of 65536 evenly spaced points first, as bitsandbytes does on CPU; near
@@ -84,7 +84,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
         absmax: (blocks,) float32.
 
     Returns:
-        Codes (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, and the mean.
+        Codes (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, and the mean, ()
+        float32.
     """
     mean = absmax.mean()
     padding = -absmax.numel() % NESTED_BLOCKSIZE
@@ -93,18 +94,18 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     scaled = (rows * (1.0 / nested_absmax).unsqueeze(1)).clamp_(-1, 1).nan_to_num_(nan=-1.0)
     points = ((scaled + 1) * ((_POINTS - 1) / 2) + 0.5).int()
     codes = _nearest(absmax.device)[points]
-    return codes.view(-1)[: absmax.numel()].clone(), nested_absmax, float(mean)
+    return codes.view(-1)[: absmax.numel()].clone(), nested_absmax, mean
 
 
 def dequantize_absmax(
-    codes: Tensor, nested_absmax: Tensor, offset: float, table: Tensor | None = None
+    codes: Tensor, nested_absmax: Tensor, offset: Tensor, table: Tensor | None = None
 ) -> Tensor:
     """Read block magnitudes back from their 8-bit codes.
 
     Args:
         codes: (blocks,) uint8.
         nested_absmax: (ceil(blocks / 256),) float32.
-        offset: the mean that was taken off.
+        offset: one float32, the mean that was taken off.
         table: (256,) float32, the values of the codes; by default `NESTED_CODE`.
 
     Returns:

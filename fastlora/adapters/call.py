@@ -1,0 +1,53 @@
+"""One call of an adapted linear: what it stands on, and what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.cache import Cache
+
+
+class Base(NamedTuple):
+    """The frozen linear (N, K) under an adapter.
+
+    Attributes:
+        weight: as it is stored.
+        bias: (N,), or None.
+        dtype: of the weight that the layer was made from.
+        backend: "auto" or the name of one.
+        cache: what the layer remembers.
+    """
+
+    weight: StoredWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    backend: str
+    cache: Cache
+
+
+class Call(NamedTuple):
+    """One call of an adapted linear: ``finish(x W^T + bias + update)``.
+
+    Attributes:
+        x: (..., K), the input or what takes its place.
+        bias: (N,), or None.
+        update: the low-rank term, or None.
+        finish: what is done to the sum, or None.
+    """
+
+    x: Tensor
+    bias: Tensor | None
+    update: LowRank | None
+    finish: Callable[[Tensor], Tensor] | None
+
+    def run(self, base: Base) -> Tensor:
+        """Return the output, (..., N)."""
+        y = ops.linear(self.x, base.weight, self.bias, self.update, base.backend)
+        return y if self.finish is None else self.finish(y)

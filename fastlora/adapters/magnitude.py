@@ -1,0 +1,98 @@
+"""DoRA's magnitude: one factor per output, on any update of low rank.
+
+``y = g (x W^T + update) + bias`` with ``g = magnitude / ||W + update||``, the norm of each row,
+which counts as a constant in the gradient.
+
+Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from fastlora_kernels.low_rank import LowRank
+from torch import Tensor
+from torch.nn import functional
+
+from fastlora import ops
+from fastlora.adapters.call import Base, Call
+from fastlora.factors import row_norms
+
+NAME = "lora_magnitude_vector"
+
+
+def norms(base: Base, update: LowRank, dtype: torch.dtype) -> Tensor:
+    """Return ``||W + update||`` of each row: (N,) float32, float64 for float64.
+
+    Args:
+        base: the frozen linear.
+        update: the update.
+        dtype: to which a 4-bit weight is decoded.
+    """
+    weight, (n, k) = base.weight, (update.B.shape[0], update.A.shape[1])
+
+    def squares() -> Tensor:
+        return ops.weight_squares(weight, n, k, dtype, base.backend)
+
+    kept = base.cache.frozen("squares", _tensors(base), squares, also=dtype)
+    return row_norms(weight, n, k, kept, update, dtype, base.backend)
+
+
+def _tensors(base: Base) -> tuple[Tensor, ...]:
+    return tuple(part for part in base.weight[:4] if part is not None)
+
+
+def _decoded(base: Base, x: Tensor) -> torch.dtype:
+    """Return the dtype in which the weight is multiplied with x; a dense one keeps its own."""
+    if base.weight.format == "dense":
+        return base.weight.data.dtype
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def scale(
+    base: Base, x: Tensor, params: Mapping[str, Tensor], update: LowRank, training: bool
+) -> Tensor:
+    """Return g (N,), with a gradient to the magnitude alone; the norm is kept in inference."""
+    dtype = _decoded(base, x)
+    sources = (*_tensors(base), *(p for name, p in params.items() if name != NAME))
+    norm = base.cache.trained(
+        "norms", sources, training, lambda: norms(base, update, dtype), (dtype, update.scaling)
+    )
+    tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
+    return params[NAME].to(norm.dtype) / norm.clamp_min(tiny)
+
+
+def call(
+    x: Tensor,
+    base: Base,
+    params: Mapping[str, Tensor],
+    update: LowRank,
+    dropout: float,
+    training: bool,
+) -> Call:
+    """Return what a layer with a magnitude computes for x (..., K).
+
+    With dropout this is ``y = (x - d) W^T + bias + g (d W^T + update(d))``, d being x dropped out:
+    two products with the weight, as in PEFT.
+    """
+    g = scale(base, x, params, update, training)
+    if dropout == 0:
+        return Call(x, None, update, lambda z: ops.scale_columns(z, g, base.bias, base.backend))
+    dropped = functional.dropout(x, dropout)
+
+    def finish(z: Tensor) -> Tensor:
+        rest = ops.linear(x - dropped, base.weight, base.bias, None, base.backend)
+        return rest + ops.scale_columns(z, g, None, base.backend)
+
+    return Call(dropped, None, update, finish)
+
+
+def apply(total: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the rows of total (N, K), each with its magnitude as its norm."""
+    norm = torch.linalg.vector_norm(total, dim=1)
+    g: Tensor = magnitude.to(total.dtype) / norm.clamp_min(torch.finfo(total.dtype).tiny)
+    return total * g.unsqueeze(1)

@@ -1,0 +1,249 @@
+"""What turns an adapter's parameters into the low-rank term that the fused op takes.
+
+LoHa's update is a low-rank product by Khatri–Rao factors, LoKr's by Kronecker factors or, where
+that costs more, two small matmuls beside the base; several adapters are one, side by side along the
+rank. All of it is plain torch and differentiable; nothing holds N x K numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.checks import wide_dtype
+from fastlora.kron import Factor, kron_product, rank_form
+from fastlora.ops.library import is_plain, no_autocast
+
+__all__ = [
+    "hada_factors",
+    "kron_factors",
+    "kron_product",
+    "row_norms",
+    "spans_of",
+    "stack_adapters",
+]
+Pair = tuple[Tensor, Tensor]
+
+
+class _RowProducts(torch.autograd.Function):
+    """(r1, K), (r2, K) -> (r1 r2, K): every row of the one times every row of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v)
+        return (u.unsqueeze(1) * v).view(-1, u.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = ctx.saved_tensors
+        g = g.view(u.shape[0], *v.shape)  # (r1, r2, K)
+        return (g * v).sum(1), (g * u.unsqueeze(1)).sum(0)
+
+
+class _ColumnProducts(torch.autograd.Function):
+    """(N, r1), (N, r2) -> (N, r1 r2): every column of the one times every column of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v)
+        return (u.unsqueeze(2) * v.unsqueeze(1)).view(u.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = ctx.saved_tensors
+        g = g.view(*u.shape, v.shape[1])  # (N, r1, r2)
+        return (g @ v.unsqueeze(2)).squeeze(2), (u.unsqueeze(1) @ g).squeeze(1)
+
+
+class _Kronecker(torch.autograd.Function):
+    """(a, b), (c, d) -> (a c, b d), the Kronecker product."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v)
+        product = u[:, None, :, None] * v[:, None, :]  # (a, c, b, d)
+        return product.view(u.shape[0] * v.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = ctx.saved_tensors
+        (a, b), (c, d) = u.shape, v.shape
+        g = g.view(a, c, b, d)
+        du = (g @ v.unsqueeze(2)).squeeze(3).sum(1)  # (a, c, b) -> (a, b)
+        return du, (u[:, None, None, :] @ g).squeeze(2).sum(0)  # (a, c, d) -> (c, d)
+
+
+def _apply(function: type[torch.autograd.Function], u: Tensor, v: Tensor) -> Tensor:
+    return cast(Tensor, function.apply(u, v))  # type: ignore[no-untyped-call]
+
+
+def hada_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Pair:
+    """Return the factors of LoHa's update: ``B A = (w1_a w1_b) * (w2_a w2_b)``.
+
+    Row (i, j) of A is ``w1_b[i] * w2_b[j]``, column (i, j) of B is ``w1_a[:, i] * w2_a[:, j]``.
+
+    Args:
+        w1_a: (N, r1), floating.
+        w1_b: (r1, K), the same dtype.
+        w2_a: (N, r2).
+        w2_b: (r2, K).
+
+    Returns:
+        A (r1 r2, K) and B (N, r1 r2), in the parameters' dtype.
+
+    Source: FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 1.
+    """
+    return _apply(_RowProducts, w1_b, w2_b), _apply(_ColumnProducts, w1_a, w2_a)
+
+
+def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
+    """Return low-rank factors of LoKr's update, ``B A = kron(w1, w2)``, or None.
+
+    With w2 a product of two, there are up to three forms:
+
+    - ``kron(I, w2_a) kron(w1, w2_b)``, of rank n1 r2;
+    - ``kron(w1, w2_a) kron(I, w2_b)``, of rank k1 r2;
+    - with w1 a product too, ``kron(w1_a, w2_a) kron(w1_b, w2_b)``, of rank r1 r2.
+
+    `fastlora.kron.rank_form` says when one of them is preferred to `kron_product`.
+
+    Args:
+        w1: (n1, k1), or a pair (n1, r1), (r1, k1) of which it is the product.
+        w2: (n2, k2), or a pair (n2, r2), (r2, k2).
+
+    Returns:
+        A (R, k1 k2) and B (n1 n2, R), in the parameters' dtype; None where `kron_product` costs
+        less.
+
+    Source: LyCORIS, Yeh et al. 2024, arXiv:2309.14859.
+    """
+    form = rank_form(w1, w2)
+    if form is None:
+        return None
+    a, b = cast(Pair, w2)
+    if form[1] == "both":
+        a1, b1 = cast(Pair, w1)
+        return _apply(_Kronecker, b1, b), _apply(_Kronecker, a1, a)
+    full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]  # (n1, k1)
+    if form[1] == "rows":
+        return _apply(_Kronecker, full, b), _along_diagonal(a, full.shape[0])
+    return _along_diagonal(b, full.shape[1]), _apply(_Kronecker, full, a)
+
+
+def _along_diagonal(w: Tensor, count: int) -> Tensor:
+    """Return ``kron(I, w)``: w (a, b), `count` times along the diagonal."""
+    blocks = torch.diag_embed(w.unsqueeze(2).expand(-1, -1, count), 0, 0, 2)
+    return blocks.reshape(count * w.shape[0], count * w.shape[1])
+
+
+@torch.no_grad()
+def row_norms(
+    weight: StoredWeight,
+    n: int,
+    k: int,
+    squares: Tensor,
+    update: LowRank,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    """Return ``||W + s B A||`` of each row, without the N x K sum; it has no gradient.
+
+    ``||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row.
+
+    Args:
+        weight: the stored (N, K) weight.
+        n: N.
+        k: K.
+        squares: (N,), the sums of squares of W's rows, `ops.weight_squares`.
+        update: its A, B and scaling.
+        dtype: to which W is decoded.
+        backend: "auto", or the name of one backend.
+
+    Returns:
+        (N,) float32 (float64 for float64).
+
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, with the square of the sum written out.
+    """
+    wide = wide_dtype(dtype)
+    A, B = update.A.detach(), update.B.detach().to(wide)  # (R, K), (N, R)
+    if A.dtype not in (torch.float32, dtype):
+        A = A.to(wide)
+    dots = ops.weight_dots(A, weight, dtype, backend)  # (R, N)
+    with no_autocast(B.device.type):
+        A = A.to(wide)
+        cross = (dots.t() * B).sum(1, dtype=torch.float64)
+        own = ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
+        total = squares.double() + 2 * update.scaling * cross + update.scaling**2 * own
+        return total.clamp_min(0).sqrt().to(wide)
+
+
+def stack_adapters(
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]
+) -> LowRank:
+    """Return several adapters as one update, side by side along the rank.
+
+    Args:
+        lora_A: (r_i, K) each, of one dtype.
+        lora_B: (N, r_i) each.
+        scaling: one factor each.
+
+    Returns:
+        The update; where the factors differ they are folded into B, which is float32 then.
+    """
+    A = torch.cat(tuple(lora_A), 0)  # (R, K)
+    B = torch.cat(tuple(lora_B), 1)  # (N, R)
+    if all(factor == scaling[0] for factor in scaling):
+        return LowRank(A, B, float(scaling[0]))
+    wide = wide_dtype(B.dtype)
+    ranks = tuple(a.shape[0] for a in lora_A)
+    factors = _constant(_per_rank, (tuple(map(float, scaling)), ranks), B.device, wide)
+    return LowRank(A.to(wide), B.to(wide) * factors, 1.0)
+
+
+def spans_of(ranks: Sequence[int], adapter_ids: Tensor) -> Tensor:
+    """Return the ranks that each row has in the update of `stack_adapters`.
+
+    Args:
+        ranks: the rank of each adapter.
+        adapter_ids: (M,) integers, the adapter of each row; -1: none.
+
+    Returns:
+        (M, 2) int32.
+    """
+    table = _constant(_edges, (tuple(ranks),), adapter_ids.device, torch.int32)
+    return table.index_select(0, adapter_ids + 1)
+
+
+def _per_rank(scaling: tuple[float, ...], ranks: tuple[int, ...]) -> list[float]:
+    return [factor for factor, r in zip(scaling, ranks, strict=True) for _ in range(r)]
+
+
+def _edges(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return first and last rank of "no adapter", which has none, and of each adapter."""
+    ends = list(accumulate(ranks))
+    return [(0, 0), *((end - r, end) for r, end in zip(ranks, ends, strict=True))]
+
+
+def _constant(
+    make: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return ``torch.tensor(make(*given))``, kept between calls unless a graph is being traced."""
+    if is_plain():
+        return _kept(make, given, device, dtype)
+    return torch.tensor(make(*given), device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept(
+    make: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(make(*given), device=device, dtype=dtype)

@@ -1,0 +1,76 @@
+"""What the ops share: the library that holds them, and when the dispatcher may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+LIBRARY: Any = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
+WEIGHT = (
+    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, str format,"
+    " int blocksize"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_KINDS = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op: its schema without the name, what runs it, and what stands for it."""
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"fastlora::{name}", fake, lib=LIBRARY)
+
+
+def differentiate(
+    name: str, backward: Callable[..., Any], setup: Callable[..., Any], twice: bool = False
+) -> None:
+    """Register the gradient of an op; unless it can be had `twice`, the gradient's op has none."""
+    torch.library.register_autograd(f"fastlora::{name}", backward, setup_context=setup, lib=LIBRARY)
+    if twice:
+        return
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        refuse_double(name)
+
+    torch.library.register_autograd(f"fastlora::{name}_backward", refuse, lib=LIBRARY)
+
+
+def refuse_double(name: str) -> None:
+    """Raise that an op has no second derivative."""
+    raise NotImplementedError(
+        f"fastlora::{name} has no second derivative; build it from torch operations where"
+        " create_graph=True is needed"
+    )
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which a backend's own torch calls keep the dtypes they are given."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _AS_IT_IS
+
+
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which x is multiplied: autocast's where that is on, else its own."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x.dtype
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether no subclass, mode or transform has to see an op on these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and _KINDS.issuperset(map(type, tensors))
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
