@@ -188,6 +188,27 @@ int32_t fastlora_weight_squares(int32_t dtype, const fastlora_weight* w, float* 
   return 0;
 }
 
+int32_t fastlora_row_norms(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots, const void* b,
+                           const float* gram, float scaling, float* out, int32_t threads) {
+  if (!fastlora::known(dtype) || n < 0 || r < 0 || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().row_norms(dtype, n, r, squares, dots, b, gram, scaling, out, threads);
+  return 0;
+}
+
+int32_t fastlora_products(int32_t dtype, int32_t kind, const int64_t* size, const void* u, const void* v, void* out,
+                          int32_t threads) {
+  if (!fastlora::known(dtype) || kind < FASTLORA_ROWS || kind > FASTLORA_KRON || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().products(dtype, kind, size, u, v, out, threads);
+  return 0;
+}
+
+int32_t fastlora_products_backward(int32_t dtype, int32_t kind, const int64_t* size, const void* g, const void* u,
+                                   const void* v, void* du, void* dv, int32_t threads) {
+  if (!fastlora::known(dtype) || kind < FASTLORA_ROWS || kind > FASTLORA_KRON || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().products_backward(dtype, kind, size, g, u, v, du, dv, threads);
+  return 0;
+}
+
 int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale,
                                const float* bias, void* y, int32_t threads) {
   if (!fastlora::known(dtype) || m < 0 || n < 0 || threads < 1) return FASTLORA_EINVAL;

@@ -89,6 +89,11 @@ FASTLORA_API int32_t fastlora_weight_dots(int32_t dtype, int32_t x_dtype, int64_
 // out (n) = sum of squares of each row of W, decoded to `dtype`.
 FASTLORA_API int32_t fastlora_weight_squares(int32_t dtype, const fastlora_weight* w, float* out, int32_t threads);
 
+// out (n) = ||W + scaling B A|| of each row: the root of squares + 2 scaling <dots, B> + scaling^2 <B gram, B>, with
+// squares (n) of fastlora_weight_squares, dots (r, n) = A W^T, B (n, r) of `dtype`, gram (r, r) = A A^T.
+FASTLORA_API int32_t fastlora_row_norms(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots,
+                                        const void* b, const float* gram, float scaling, float* out, int32_t threads);
+
 // y (m, n) = z * scale + bias; scale (n), bias (n) or NULL; z and y of `dtype`, contiguous.
 FASTLORA_API int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale,
                                             const float* bias, void* y, int32_t threads);
@@ -97,6 +102,17 @@ FASTLORA_API int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n,
 FASTLORA_API int32_t fastlora_scale_columns_backward(int32_t dtype, int64_t m, int64_t n, const void* dy,
                                                      int64_t lddy, const void* z, const float* scale, void* dz,
                                                      float* dscale, int32_t threads);
+
+// Products of two small matrices of `dtype`; `kind` says which and what `size` holds.
+//   ROWS (r1, r2, k): u (r1, k), v (r2, k) -> out (r1 r2, k), row (i, j) = u[i] * v[j]
+//   COLUMNS (n, r1, r2): u (n, r1), v (n, r2) -> out (n, r1 r2), column (i, j) = u[:, i] * v[:, j]
+//   KRON (a, b, c, d): u (a, b), v (c, d) -> out (a c, b d), the Kronecker product
+enum { FASTLORA_ROWS = 0, FASTLORA_COLUMNS = 1, FASTLORA_KRON = 2 };
+FASTLORA_API int32_t fastlora_products(int32_t dtype, int32_t kind, const int64_t* size, const void* u, const void* v,
+                                       void* out, int32_t threads);
+// Their gradients du and dv for the gradient g of out; all of `dtype`.
+FASTLORA_API int32_t fastlora_products_backward(int32_t dtype, int32_t kind, const int64_t* size, const void* g,
+                                                const void* u, const void* v, void* du, void* dv, int32_t threads);
 
 // Block-wise 4-bit quantisation of n values of x (F32, BF16 or F16), bit-equal to bitsandbytes.
 //   thresholds: 15 floats, ascending; order: 16 nibbles; a scaled value becomes order[number of thresholds below it].

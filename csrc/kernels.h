@@ -25,10 +25,16 @@ struct Kernels {
   void (*weight_dots)(int32_t dtype, int32_t x_dtype, int64_t m, const void* x, const fastlora_weight& w, float* out,
                       int threads);
   void (*weight_squares)(int32_t dtype, const fastlora_weight& w, float* out, int threads);
+  void (*row_norms)(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots, const void* b,
+                    const float* gram, float scaling, float* out, int threads);
   void (*scale_columns)(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale, const float* bias,
                         void* y, int threads);
   void (*scale_columns_backward)(int32_t dtype, int64_t m, int64_t n, const void* dy, int64_t lddy, const void* z,
                                  const float* scale, void* dz, float* dscale, int threads);
+  void (*products)(int32_t dtype, int32_t kind, const int64_t* size, const void* u, const void* v, void* out,
+                   int threads);
+  void (*products_backward)(int32_t dtype, int32_t kind, const int64_t* size, const void* g, const void* u,
+                            const void* v, void* du, void* dv, int threads);
   void (*dequantize_4bit)(int32_t dtype, const fastlora_weight& w, void* out, int threads);
 };
 

@@ -16,12 +16,8 @@ inline void project_all(const bf16* x, int64_t ldx, const Segments& segments, co
                         int64_t length, bool by_rank, float scale, const Dropout& dropout, float* out, int threads) {
   const int pieces = sizeof(L) == 4 ? 3 : 1;
   const std::vector<Narrow> all = narrow(segments, matrix, r, length, by_rank, false, pieces, SCRATCH_SPLIT, threads);
-  for (const Segment& g : segments.rows) {
-    fastlora_weight w = {};
-    w.n = by_rank ? pieces * g.r : length, w.k = by_rank ? length : pieces * g.r;
-    w.dtype = FASTLORA_BF16, w.data = all[g.span].data;
-    if (g.r) project_tiles(x, ldx, g, w, !by_rank, pieces, r, scale, dropout, out, threads);
-  }
+  const int64_t m = segments.rows.back().row + segments.rows.back().rows;
+  project_tiles({x, ldx, length, segments, all, by_rank, pieces, r, scale, dropout, out}, m, threads);
 }
 
 // The gemm whose epilogue multiplies S with the second factor on the matrix unit.
@@ -29,6 +25,7 @@ template <class L, class O>
 inline void gemm_tiles(Gemm<bf16, O> g, const L* factor, float scale, int threads) {
   const int pieces = sizeof(L) == 4 ? 3 : 1;
   const int64_t r = g.lora.r;
+  if (pieces == 3 && !(all_finite(g.s, g.m * r) && all_finite(factor, r * g.columns()))) return panel_gemm(g);
   const std::vector<Narrow> all = narrow(g.segments, factor, r, g.columns(), g.backward, true, pieces, SCRATCH_SPLIT, threads);
   int64_t widest = 0;
   for (const Narrow& span : all) widest = span.width > widest ? span.width : widest;
@@ -49,7 +46,10 @@ void project_x(int64_t m, const T* x, int64_t ldx, int64_t k, const L* a, const 
   if (lora.spans) memset(s, 0, m * lora.r * sizeof(float));
 #if defined(__AMX_BF16__)
   if constexpr (is_bf16<T>)
-    if (on_tiles<T>(m)) return project_all(x, ldx, segments, a, lora.r, k, true, 1.0f, dropout, s, threads);
+    if (on_tiles<T>(m)) {
+      project_all(x, ldx, segments, a, lora.r, k, true, 1.0f, dropout, s, threads);
+      if (!std::is_same<L, float>::value || all_finite(s, m * lora.r)) return;
+    }
 #endif
   if (sizeof(L) == 4 || m <= FEW_TOKENS) {
     for (const Segment& g : segments.rows) project(x, ldx, g, a, lora.r, k, 1.0f, dropout, s, threads);
@@ -90,9 +90,10 @@ void outer(const float* s, const T* x, int64_t ldx, int64_t m, const Segments& s
            float scale, const Dropout& dropout, bool transposed, L* out, int threads) {
 #if defined(__AMX_BF16__)
   if constexpr (is_bf16<T>)
-    if (on_tiles<T>(m))
-      return outer_tiles(s, r, x, ldx, segments, columns, scale, sizeof(L) == 4 ? 3 : 1, dropout, transposed, out,
-                         threads);
+    if (on_tiles<T>(m)) {
+      outer_tiles(s, r, x, ldx, segments, columns, scale, sizeof(L) == 4 ? 3 : 1, dropout, transposed, out, threads);
+      if (all_finite(out, r * columns)) return;
+    }
 #endif
   (void)m;
   accumulate_outer(s, r, x, ldx, segments, columns, scale, dropout, transposed, out, threads);
@@ -109,7 +110,10 @@ void project_dy(int64_t m, const T* dy, int64_t lddy, int64_t n, const fastlora_
   if (lora.spans) memset(ds, 0, m * lora.r * sizeof(float));
 #if defined(__AMX_BF16__)
   if constexpr (is_bf16<T>)
-    if (on_tiles<T>(m)) return project_all(dy, lddy, segments, b, lora.r, n, false, lora.scaling, none, ds, threads);
+    if (on_tiles<T>(m)) {
+      project_all(dy, lddy, segments, b, lora.r, n, false, lora.scaling, none, ds, threads);
+      if (!std::is_same<L, float>::value || all_finite(ds, m * lora.r)) return;
+    }
 #endif
   auto* across = static_cast<float*>(scratch(SCRATCH_SPLIT, n * lora.r * sizeof(float)));
   widen_transposed(b, n, lora.r, across, threads);

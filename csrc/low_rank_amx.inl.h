@@ -2,6 +2,7 @@
 //
 // The narrow operand (A, B, S or dS) is bf16 as it is when the adapter is bf16: torch rounds S there as well. A float
 // adapter is split into three bf16 pieces, whose sum is exact to 2^-24, and sums are taken 512 products at a time.
+// Pieces of a product with an infinity may be a NaN in sum: where that shows, low_rank.inl.h computes it again.
 #include "low_rank.inl.h"
 
 namespace fastlora {
@@ -34,6 +35,20 @@ inline void split_rows(const L* in, int64_t ldi, int64_t rows, int64_t cols, flo
 #if defined(__AMX_BF16__)
 constexpr int64_t TILE_TOKENS = 32;  // fewer are done sooner by low_rank.inl.h
 
+template <class L>
+inline bool all_finite(const L*, int64_t) {
+  return true;  // not split
+}
+inline bool all_finite(const float* values, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, values + i, 4);
+    any |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return !any;
+}
+
 // The ranks of each span of `matrix` in pieces. By rank (r, length): piece p of rank j is row p * r + j.
 // Else (length, r): piece p of rank j is column p * r + j. `expand`: pieces 0, 0, 1, which meet S in pieces 0, 1, 0.
 template <class L>
@@ -46,15 +61,21 @@ inline std::vector<Narrow> narrow(const Segments& segments, const L* matrix, int
   if (is_bf16<L> && segments.spans.size() == 1 && segments.spans[0].r == r)  // as it is
     return {{reinterpret_cast<const bf16*>(matrix), r}};
   for (const Segment& s : segments.spans) {
+    out.push_back({to, pieces * s.r});
+    to += pieces * s.r * length;
+  }
+  const bool many = out.size() > 1, twice = expand && pieces == 3;
+#pragma omp parallel for num_threads(many ? threads : 1) schedule(static)
+  for (size_t q = 0; q < out.size(); ++q) {
+    const Segment& s = segments.spans[q];
+    bf16* start = const_cast<bf16*>(out[q].data);
     const L* from = by_rank ? matrix + s.rank * length : matrix + s.rank;
     const int64_t rows = by_rank ? s.r : length, cols = by_rank ? length : s.r;
     const int64_t ldo = by_rank ? length : pieces * s.r, apart = by_rank ? s.r * length : s.r;
-    const bool twice = expand && pieces == 3;
-    split_rows(from, by_rank ? length : r, rows, cols, 1.0f, twice ? 2 : pieces, to + (twice ? apart : 0), ldo, apart,
-               threads);
-    for (int64_t i = 0; twice && i < rows; ++i) memcpy(to + i * ldo, to + apart + i * ldo, cols * sizeof(bf16));
-    out.push_back({to, pieces * s.r});
-    to += pieces * s.r * length;
+    split_rows(from, by_rank ? length : r, rows, cols, 1.0f, twice ? 2 : pieces, start + (twice ? apart : 0), ldo,
+               apart, many ? 1 : threads);
+    for (int64_t i = 0; twice && i < rows; ++i)
+      memcpy(start + i * ldo, start + apart + i * ldo, cols * sizeof(bf16));
   }
   return out;
 }
@@ -68,58 +89,115 @@ inline void drop_row(const Dropout& d, uint32_t key, int64_t col, int64_t count,
   }
 }
 
-// One segment of out (m, r) = scale * drop(x) (m, k) narrow^T, where `narrow` is W for pack_panel_forward or, when
-// `backward`, for pack_panel_backward.
-inline void project_tiles(const bf16* x, int64_t ldx, const Segment& g, const fastlora_weight& narrow, bool backward,
-                          int pieces, int64_t r, float scale, const Dropout& dropout, float* out, int threads) {
-  const int64_t reduction = backward ? narrow.n : narrow.k, columns = pieces * g.r, ld = round_up(columns, 32);
-  const int64_t deepest = pieces == 1 ? 2048 : 512, last = g.row + g.rows;
-  if (dropout.on) scale *= dropout.scale;
-  bf16* panel = static_cast<bf16*>(scratch(SCRATCH_OPERAND, ld * deepest * sizeof(bf16) + g.rows * ld * sizeof(float)));
-  float* sums = reinterpret_cast<float*>(panel + ld * deepest);
+// 32 or fewer rows of one segment.
+struct Block {
+  int64_t row, count;
+  const Segment* segment;
+};
+
+inline std::vector<Block> blocks_of(const Segments& segments) {
+  std::vector<Block> out;
+  for (const Segment& g : segments.rows)
+    for (int64_t row = 0; row < g.rows && g.r; row += 32) out.push_back({g.row + row, min64(32, g.rows - row), &g});
+  return out;
+}
+
+// out (m, r) = scale * drop(x) (m, length) narrow, each row with the ranks of its span alone: narrow is (width, length)
+// `by_rank`, else (length, width), per span.
+struct Projection {
+  const bf16* x;
+  int64_t ldx, length;
+  const Segments& segments;
+  const std::vector<Narrow>& narrow;
+  bool by_rank;
+  int pieces;
+  int64_t r;
+  float scale;
+  const Dropout& dropout;
+  float* out;
+};
+
+// The panel of one span over `depth` reductions from `red` on; called by all threads.
+inline void pack_narrow(const Projection& p, const Narrow& from, int64_t red, int64_t depth, bf16* rows, bf16* panel) {
+  fastlora_weight w = {};
+  w.n = p.by_rank ? from.width : p.length, w.k = p.by_rank ? p.length : from.width;
+  w.dtype = FASTLORA_BF16, w.data = from.data;
+  const int64_t stride = round_up(depth, 32);
+#pragma omp for schedule(static) nowait
+  for (int64_t c = 0; c < from.width; c += 16)
+    if (p.by_rank)
+      pack_panel_forward(w, c, min64(16, from.width - c), red, depth, FASTLORA_BF16, rows, panel + c * stride);
+    else
+      pack_panel_backward(w, c, min64(16, from.width - c), red, depth, FASTLORA_BF16, rows, panel + c * stride);
+}
+
+// Sums of a block over one depth, added to those of earlier ones.
+inline void project_block(const Projection& p, const Block& b, const bf16* panel, int64_t red, int64_t depth,
+                          bf16* rows, bf16* kept, float* sums, int64_t ld) {
+  alignas(64) float tile[32 * 32];
+  const bf16* a = p.x + b.row * p.ldx + red;
+  int64_t lda = p.ldx;
+  if (p.dropout.on) {
+    for (int64_t i = 0; i < b.count; ++i)
+      drop_row(p.dropout, p.dropout.key(b.row + i), red, depth, a + i * p.ldx, kept + i * depth);
+    a = kept, lda = depth;
+  }
+  const bool direct = in_place<bf16>(b.count, depth);
+  if (!direct) pack_rows(a, lda, b.count, depth, rows);
+  for (int64_t c = 0; c < p.pieces * b.segment->r; c += 32) {
+    micro(direct ? a : rows, direct ? lda : PACKED, b.count, depth, panel + c * round_up(depth, 32), tile);
+    for (int64_t i = 0; i < b.count; ++i)
+      for (int64_t v = 0; v < 32; v += 16) {
+        float* sum = sums + i * ld + c + v;
+        const vf here = vload(tile + i * 32 + v);
+        vstore(sum, red ? vload(sum) + here : here);
+      }
+  }
+}
+
+inline void add_pieces(const Projection& p, const Block& b, const float* sums, int64_t ld) {
+  const Segment& g = *b.segment;
+  const float scale = p.dropout.on ? p.scale * p.dropout.scale : p.scale;
+  for (int64_t i = 0; i < b.count; ++i)
+    for (int64_t j = 0; j < g.r; j += 16) {
+      const int64_t count = min64(16, g.r - j);
+      vf sum = vzero();
+      for (int q = p.pieces - 1; q >= 0; --q) sum = sum + vload_part(sums + i * ld + q * g.r + j, count);
+      vstore_part(p.out + (b.row + i) * p.r + g.rank + j, vset(scale) * sum, count);
+    }
+}
+
+inline void project_tiles(const Projection& p, int64_t m, int threads) {
+  const int64_t deepest = p.pieces == 1 ? 2048 : 512;
+  int64_t widest = 0;
+  std::vector<Block> at;  // `row`: where each span's panel begins
+  int64_t total = 0;
+  for (const Narrow& span : p.narrow) {
+    at.push_back({total, 0, nullptr});
+    total += round_up(span.width, 32) * deepest;
+    widest = span.width > widest ? span.width : widest;
+  }
+  const int64_t ld = round_up(widest, 32), kept_sums = p.length > deepest ? m : 0;
+  auto* panels = static_cast<bf16*>(scratch(SCRATCH_OPERAND, total * sizeof(bf16) + kept_sums * ld * sizeof(float)));
+  float* all_sums = reinterpret_cast<float*>(panels + total);
+  const std::vector<Block> blocks = blocks_of(p.segments);
 #pragma omp parallel num_threads(threads)
   {
     MatrixUnit unit;
     auto* rows = static_cast<bf16*>(scratch(SCRATCH_ROWS, 32 * (deepest > CHUNK ? deepest : CHUNK) * sizeof(bf16)));
     auto* kept = static_cast<bf16*>(scratch(SCRATCH_PANEL, 32 * deepest * sizeof(bf16)));
-    alignas(64) float tile[32 * 32];
-    for (int64_t red = 0; red < reduction; red += deepest) {
-      const int64_t depth = min64(deepest, reduction - red), stride = round_up(depth, 32);
+    auto* own = static_cast<float*>(scratch(SCRATCH_LOW_RANK, 32 * ld * sizeof(float)));
+    for (int64_t red = 0; red < p.length; red += deepest) {
+      const int64_t depth = min64(deepest, p.length - red);
+      for (size_t q = 0; q < at.size(); ++q) pack_narrow(p, p.narrow[q], red, depth, rows, panels + at[q].row);
+#pragma omp barrier
 #pragma omp for schedule(static)
-      for (int64_t c = 0; c < columns; c += 16)
-        if (backward)
-          pack_panel_backward(narrow, c, min64(16, columns - c), red, depth, FASTLORA_BF16, rows, panel + c * stride);
-        else
-          pack_panel_forward(narrow, c, min64(16, columns - c), red, depth, FASTLORA_BF16, rows, panel + c * stride);
-#pragma omp for schedule(static)
-      for (int64_t row = g.row; row < last; row += 32) {
-        const int64_t count = min64(32, last - row);
-        const bf16* a = x + row * ldx + red;
-        int64_t lda = ldx;
-        for (int64_t i = 0; dropout.on && i < count; ++i)
-          drop_row(dropout, dropout.key(row + i), red, depth, a + i * ldx, kept + i * deepest);
-        if (dropout.on) a = kept, lda = deepest;
-        const bool direct = in_place<bf16>(count, depth);
-        if (!direct) pack_rows(a, lda, count, depth, rows);
-        for (int64_t c = 0; c < ld; c += 32) {
-          micro(direct ? a : rows, direct ? lda : PACKED, count, depth, panel + c * stride, tile);
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t v = 0; v < 32; v += 16) {
-              float* sum = sums + (row - g.row + i) * ld + c + v;
-              const vf here = vload(tile + i * 32 + v);
-              vstore(sum, red ? vload(sum) + here : here);
-            }
-        }
+      for (size_t i = 0; i < blocks.size(); ++i) {
+        float* sums = kept_sums ? all_sums + blocks[i].row * ld : own;
+        project_block(p, blocks[i], panels + at[blocks[i].segment->span].row, red, depth, rows, kept, sums, ld);
+        if (red + depth == p.length) add_pieces(p, blocks[i], sums, ld);
       }
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.rows; ++i)
-      for (int64_t j = 0; j < g.r; j += 16) {
-        const int64_t count = min64(16, g.r - j);
-        vf sum = vzero();
-        for (int p = pieces - 1; p >= 0; --p) sum = sum + vload_part(sums + i * ld + p * g.r + j, count);
-        vstore_part(out + (g.row + i) * r + g.rank + j, vset(scale) * sum, count);
-      }
   }
 }
 
@@ -127,8 +205,9 @@ inline void project_tiles(const bf16* x, int64_t ldx, const Segment& g, const fa
 inline void tile_rows_of(const Segments& segments, const float* s, int64_t m, int64_t r, float scale, int pieces,
                          bf16* out, int64_t ld, int threads) {
   memset(out + m * ld, 0, 32 * ld * sizeof(bf16));  // read with the last rows
+#pragma omp parallel num_threads(m * r < FEW_PRODUCTS ? 1 : threads)
   for (const Segment& g : segments.rows) {
-#pragma omp parallel for num_threads(g.rows * g.r < FEW_PRODUCTS ? 1 : threads) schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = g.row; i < g.row + g.rows; ++i) {
       bf16* line = out + i * ld;
       split_rows(s + i * r + g.rank, r, 1, g.r, scale, pieces == 3 ? 2 : 1, line, ld, g.r, 1);

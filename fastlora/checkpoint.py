@@ -223,11 +223,11 @@ def _check_alike(record: Record, plan: Plan) -> None:
                 f" {_some(differ)}; load the file on a model that is not patched"
             )
     for name, spec in plan.adapted.items():
-        mine, theirs = _description(live.adapted[name]), _description(spec)
-        if mine != theirs:
+        mine, filed = _description(live.adapted[name]), _description(spec)
+        if mine != filed:
             raise ValueError(
                 f"the model must be patched as the adapter file says, but {name} has {mine} and the"
-                f" file {theirs}; load the file on a model that is not patched"
+                f" file {filed}; load the file on a model that is not patched"
             )
 
 

@@ -198,30 +198,36 @@ def _check_common(name: str, rows: Tensor, weight: StoredWeight) -> None:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {rows.dtype}; cast it first"
         )
-    if weight.format == "dense" and weight.data.dtype != rows.dtype:
+    data = weight.data
+    if weight.format == "dense" and data.dtype != rows.dtype:
         raise TypeError(
             f"{name} and a dense weight must have one dtype, got {rows.dtype} and"
-            f" {weight.data.dtype}; cast one of them"
+            f" {data.dtype}; cast one of them"
         )
-    same_device("weight", weight.data, rows)
+    if data.device != rows.device:
+        same_device("weight", data, rows)
 
 
 def _check_update(name: str, rows: Tensor, n: int, k: int, update: LowRank) -> None:
     """Check a low-rank term of an (n, k) weight against x or dy, `rows`."""
     A, B = update.A, update.B
-    r = A.shape[0] if A.dim() == 2 else 0
-    if r == 0 or A.shape[1] != k or B.shape != (n, r):
+    shape = A.shape
+    r = shape[0] if len(shape) == 2 else 0
+    if r == 0 or shape[1] != k or B.shape != (n, r):
         raise ValueError(
             f"lora_A must have shape (r, {k}) and lora_B ({n}, r) with r at least 1, got"
             f" {tuple(A.shape)} and {tuple(B.shape)}"
         )
-    if A.dtype != B.dtype or A.dtype not in (torch.float32, rows.dtype):
+    dtype = A.dtype
+    if dtype != B.dtype or (dtype != torch.float32 and dtype != rows.dtype):
         raise TypeError(
             f"lora_A and lora_B must both be float32 or {rows.dtype} like {name}, got"
             f" {A.dtype} and {B.dtype}; cast them"
         )
-    same_device("lora_A", A, rows)
-    same_device("lora_B", B, rows)
+    device = rows.device
+    if A.device != device or B.device != device:
+        same_device("lora_A", A, rows)
+        same_device("lora_B", B, rows)
     if update.seed is not None:
         _check_dropout(rows, update.dropout, update.seed)
     if update.spans is not None:

@@ -108,7 +108,6 @@ def dora_linear(
     if update is None:
         raise TypeError("dora_linear needs lora_A and lora_B, got None; use lora_linear without")
     check_vector("magnitude", magnitude, n, x)
-    z = ops.linear(x, stored, None, update, backend)
     if norms is None:
         decoded = stored.data.dtype if stored.format == "dense" else dtype
         squares = ops.weight_squares(stored, n, k, decoded, backend)
@@ -118,7 +117,7 @@ def dora_linear(
     wide = wide_dtype(dtype)
     least = torch.finfo(wide).tiny
     g = magnitude.to(wide) / norms.detach().to(wide).clamp_min(least)  # (N,)
-    return ops.scale_columns(z, g, bias, backend)
+    return ops.scaled_linear(x, stored, bias, update, g, backend)
 
 
 def multi_lora_linear(

@@ -66,8 +66,7 @@ class AdapterLinear(nn.Linear):
 
     def base(self) -> Base:
         """Return the linear without its adapter."""
-        dtype = self.original_dtype()
-        return Base(self.stored_weight(), self.bias, dtype, self.backend, self.cache)
+        return Base(self.stored_weight(), self.bias, self.backend, self.cache)
 
     def call(self, x: Tensor, base: Base) -> Call:
         """Return what is to be computed for x (..., K)."""
@@ -82,6 +81,10 @@ class AdapterLinear(nn.Linear):
             shared = self.group.take(self, x)
             if shared is not None:
                 return shared
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the output without regard to a group."""
         base = self.base()
         return self.call(x, base).run(base)
 
@@ -262,7 +265,8 @@ def to_adapter_linear(
     for name, value in params.items():
         module.register_parameter(name, nn.Parameter(value.to(dense.device, wide)))
     if spec is not None:
-        METHODS[spec.method].settle(module.base(), module.adapter_params(), spec)
+        params, dtype = module.adapter_params(), module.original_dtype()
+        METHODS[spec.method].settle(module.base(), params, spec, dtype)
 
 
 def to_linear(module: AdapterLinear, weight: Tensor) -> None:

@@ -113,7 +113,7 @@ def kron_linear(
     y = ops.linear(x, stored, bias, None, backend)
     kept = x.to((w1 if isinstance(w1, Tensor) else w1[0]).dtype)
     if dropout:
-        kept = ops.drop(kept, ops.dropout_seed(x) if seed is None else seed, dropout, backend)
+        kept = ops.drop(kept, ops.dropout_seed(x) if seed is None else seed, dropout)
     return torch.add(y, kron_product(kept, w1, w2), alpha=scaling).to(y.dtype)
 
 

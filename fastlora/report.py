@@ -70,6 +70,8 @@ def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
     notes = [record.plan.notes[name]] if name in record.plan.notes else []
     if spec is not None and spec.dropout > 0 and magnitude.NAME in spec.shapes:
         notes.append("dropout with a magnitude: two products with the weight in training")
+    if spec is not None and not METHODS[spec.method].rank(spec):
+        notes.append("update computed beside the fused linear")
     others = partners(name, module)
     if others:
         notes.append(f"computed with {', '.join(others)}")

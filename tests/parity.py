@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastlora import save_adapter, unpatch
@@ -43,6 +42,4 @@ def assert_same(ours: nn.Module, theirs: nn.Module, x: Tensor, tolerance: float)
     for name, value in one.items():
         size = other[name].abs().max().item()
         assert value.dtype == other[name].dtype, name
-        torch.testing.assert_close(
-            value, other[name], rtol=0, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert (value - other[name]).abs().max() <= tolerance * size, name

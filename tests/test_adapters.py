@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import fields
@@ -165,12 +166,15 @@ def test_every_method_is_registered_under_its_own_name() -> None:
 
 
 def layer_of(
-    config: AdapterConfig, quantize: str | None = None, dtype: torch.dtype = torch.float32
+    config: AdapterConfig,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "reference",
 ) -> AdapterLinear:
     """Return a patched linear of the shape that the variants suit."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(IN_FEATURES, OUT_FEATURES)).to(dtype)
-    fastlora.patch_model(model, config, quantize=quantize, backend="reference")
+    fastlora.patch_model(model, config, quantize=quantize, backend=backend)
     layer: AdapterLinear = model[0]
     return layer
 
@@ -214,9 +218,11 @@ def unfused(layer: AdapterLinear, config: AdapterConfig, wide: bool) -> list[Ten
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_contract_of_a_method(name: str, quantize: str | None, dtype: torch.dtype) -> None:
+def test_contract_of_a_method(
+    name: str, quantize: str | None, dtype: torch.dtype, backend: str
+) -> None:
     config = VARIANTS[name]
-    layer = layer_of(config, quantize, dtype)
+    layer = layer_of(config, quantize, dtype, backend)
     x = rows(dtype).requires_grad_()
     base = functional.linear(x, layer.dense_weight(dtype), layer.bias)
     ulp = torch.finfo(dtype).eps * base.abs().max()
@@ -269,6 +275,27 @@ def test_a_method_compiles(name: str) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+DROPS = [
+    LoraConfig(r=2, lora_dropout=0.5),
+    LoraConfig(r=2, lora_dropout=0.5, use_dora=True),
+    LoHaConfig(r=2, rank_dropout=0.5, module_dropout=0.1),
+    LoKrConfig(r=40, rank_dropout=0.5, module_dropout=0.1),
+]
+
+
+@pytest.mark.parametrize("config", DROPS, ids=lambda c: type(c).__name__)
+def test_dropout_compiles(config: AdapterConfig) -> None:
+    layer = layer_of(config, "nf4")
+    fill(layer)
+    x = rows(torch.float32).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    one, other = compiled(x), compiled(x)
+    assert not torch.equal(one, other)
+    one.sum().backward()
+    assert all(p.grad is not None for p in layer.adapter_params().values())
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_method_holds_no_n_by_k(name: str) -> None:
     """Nothing of N x K numbers is made or saved, but what the weight itself needs."""
@@ -284,6 +311,22 @@ def test_a_method_holds_no_n_by_k(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(rows(torch.float32))
     assert made and not [s for s in made if math.prod(s) >= IN_FEATURES * OUT_FEATURES]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("undo", [fastlora.unpatch, fastlora.merge])
+def test_a_method_leaves_nothing_behind(name: str, undo: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(IN_FEATURES, OUT_FEATURES))
+    before = copy.deepcopy(model)
+    fastlora.patch_model(model, VARIANTS[name], backend="reference")
+    fill(model[0])
+    y = model(rows(torch.float32)).detach()
+    undo(model)
+    assert type(model[0]) is nn.Linear and vars(model[0]).keys() == vars(before[0]).keys()
+    assert list(model.state_dict()) == list(before.state_dict())
+    expected = before(rows(torch.float32)) if undo is fastlora.unpatch else y
+    torch.testing.assert_close(model(rows(torch.float32)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_factors_of_many_ranks_are_bounded() -> None:

@@ -308,7 +308,7 @@ def test_another_base_and_another_patch(saved: Path) -> None:
             load_adapter(model, saved)
         assert torch.equal(model(X), y)
     other = patch_model(plain(), LoHaConfig(r=4, target_modules=["up", "down"]), **REFERENCE)
-    with pytest.raises(ValueError, match="has loha with r=4, .*and the file lora with r=4"):
+    with pytest.raises(ValueError, match=r"has loha with r=4, .*and the file lora with r=4"):
         load_adapter(other, saved)
     quantised = patch_model(plain(), quantize="nf4", **REFERENCE)
     with pytest.raises(ValueError, match="must have an adapter or not be patched at all"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fastlora
@@ -68,24 +69,42 @@ def test_same_as_peft(
     assert_same(ours, twin(ours, tmp_path / "a"), X.to(dtype), tolerance)
 
 
+class Seeded(nn.Module):
+    """A model whose dropout is the same in every call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"model": model})
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        y: Tensor = self.base_model["model"](x)
+        return y
+
+
+class OurDropout(nn.Module):
+    """Our dropout in the place of PEFT's: the same seeds in the same order."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.drop(x, ops.dropout_seed(x), self.p, "reference")
+
+
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_dropout_is_that_of_peft(quantize: str | None, tmp_path: Path) -> None:
-    ours = dora(quantize, lora_dropout=0.4)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_used_as_in_peft(quantize: str | None, use_dora: bool, tmp_path: Path) -> None:
+    ours = dora(quantize, lora_dropout=0.4, use_dora=use_dora)
     fill(ours)
-    theirs = twin(ours, tmp_path / "a")
+    theirs = twin(ours, tmp_path / "a").base_model.model
+    for module in theirs.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = OurDropout(0.4)
     ours.train(), theirs.train()
-
-    class Seeded(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.base_model = nn.ModuleDict({"model": model})
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            torch.manual_seed(5)
-            y: torch.Tensor = self.base_model["model"](x)
-            return y
-
-    assert_same(Seeded(ours), Seeded(theirs.base_model.model), X, 1e-5)
+    assert_same(Seeded(ours), Seeded(theirs), X, 1e-5)
+    assert not torch.allclose(ours(X), ours(X))
 
 
 def test_the_norm_counts_as_constant() -> None:
@@ -126,18 +145,26 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert torch.equal(y[:, 3], model[0].bias[3].expand(3))
     y.sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.requires_grad)
-    assert bool(torch.isfinite(fastlora.merge(model)[0].weight).all())
+    fastlora.merge(model)
+    assert bool(torch.isfinite(model[0].weight).all())
+
+
+def counted(real: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls.append(name)
+        return real(*args)
+
+    return call
 
 
 def test_sums_over_the_weight_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("weight_dots", "weight_squares"):
         real = getattr(ops, name)
-        monkeypatch.setattr(
-            ops, name, lambda *a, r=real, n=name, **k: (calls.append(n), r(*a, **k))[1]
-        )
+        monkeypatch.setattr(ops, name, counted(real, name, calls))
     model: Any = nn.Sequential(nn.Linear(32, 8))
     patch_model(model, LoraConfig(r=4, use_dora=True), quantize="nf4", **REFERENCE)
+    fill(model)
     calls.clear()
     for _ in range(3):
         model(X).sum().backward()
@@ -153,9 +180,24 @@ def test_sums_over_the_weight_are_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         calls.clear()
         model[0].lora_magnitude_vector.mul_(2)
         louder = model(X)
-        assert calls == []
+        assert calls == ["weight_dots"]
+        calls.clear()
+        model(X.bfloat16()), model(X.bfloat16())
+        assert calls == ["weight_squares", "weight_dots"]  # decoded to another dtype
     bias = model[0].bias
     torch.testing.assert_close(louder - bias, 2 * (changed - bias))
+
+
+def test_a_weight_that_changes_is_noticed() -> None:
+    model: Any = nn.Sequential(nn.Linear(32, 8))
+    patch_model(model, LoraConfig(r=4, use_dora=True), **REFERENCE).eval()
+    fill(model)
+    with torch.no_grad():
+        model(X)
+        model[0].weight.add_(0.1)
+        kept = model(X)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(kept, fresh(X))
 
 
 def test_the_device_and_the_dtype_may_change() -> None:
@@ -191,9 +233,9 @@ def with_magnitude(config: AdapterConfig) -> AdapterLinear:
     return result
 
 
-@pytest.mark.parametrize("config", [LoHaConfig(r=2), LoHaConfig(r=2, rank_dropout=0.3)], ids=str)
-def test_any_update_of_low_rank_may_have_a_magnitude(config: AdapterConfig) -> None:
-    layer = with_magnitude(config)
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_any_update_of_low_rank_may_have_a_magnitude(drop: float) -> None:
+    layer = with_magnitude(LoHaConfig(r=2, rank_dropout=drop))
     x = torch.randn(5, 40)
     base = functional.linear(x, layer.dense_weight(), layer.bias)
     torch.testing.assert_close(layer(x), base)

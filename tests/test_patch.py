@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig, QuantConfig, patch_model, report, unpatch
+from fastlora.adapters import METHODS
 from fastlora.layers import AdapterLinear, QuantizedLinear
 from tests.models import fill_adapters, llama, plain
 
@@ -34,9 +35,12 @@ def test_the_adapter_changes_nothing_at_first() -> None:
     assert len(patched_names(model)) == 5
 
 
-def test_training_lowers_the_loss(backend: str) -> None:
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora"])
+def test_training_lowers_the_loss(method: str, backend: str) -> None:
     model = plain()
-    patch_model(model, LoraConfig(r=4), quantize="nf4", backend=backend)
+    dora = LoraConfig(r=4, use_dora=True)
+    config = dora if method == "dora" else METHODS[method].config_class(r=4)
+    patch_model(model, config, quantize="nf4", backend=backend)
     frozen = model.norm.weight.clone()
     target = torch.randn(3, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -277,7 +281,7 @@ def test_report_is_a_dict_and_a_table() -> None:
     row = result["modules"][0]
     assert row["module"] == "blocks.0.up" and row["method"] == "lora" and row["r"] == 4
     assert row["format"] == "nf4" and row["backend"] == "reference" and row["shape"] == (64, 32)
-    assert row["scaling"] == 2.0 and "dropout 0.1: adapter not fused" in row["notes"]
+    assert row["scaling"] == 2.0 and row["notes"] == ""
     packed = 64 * 32 // 2 + 32 + 4 + 4
     assert row["bytes"] == packed + 64 * 2 + 4 * (4 * 32 + 64 * 4)
     assert result["skipped"]["head"] == "not a target"

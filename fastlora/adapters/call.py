@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
@@ -20,14 +19,12 @@ class Base(NamedTuple):
     Attributes:
         weight: as it is stored.
         bias: (N,), or None.
-        dtype: of the weight that the layer was made from.
         backend: "auto" or the name of one.
         cache: what the layer remembers.
     """
 
     weight: StoredWeight
     bias: Tensor | None
-    dtype: torch.dtype
     backend: str
     cache: Cache
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
-from torch.nn import functional
 
 from fastlora import ops
 from fastlora.adapters.call import Base, Call
@@ -56,14 +55,16 @@ def _decoded(base: Base, x: Tensor) -> torch.dtype:
 def scale(
     base: Base, x: Tensor, params: Mapping[str, Tensor], update: LowRank, training: bool
 ) -> Tensor:
-    """Return g (N,), with a gradient to the magnitude alone; the norm is kept in inference."""
+    """Return g (N,), with a gradient to the magnitude alone; it is kept in inference."""
     dtype = _decoded(base, x)
-    sources = (*_tensors(base), *(p for name, p in params.items() if name != NAME))
-    norm = base.cache.trained(
-        "norms", sources, training, lambda: norms(base, update, dtype), (dtype, update.scaling)
-    )
-    tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
-    return params[NAME].to(norm.dtype) / norm.clamp_min(tiny)
+
+    def make() -> Tensor:
+        norm = norms(base, update, dtype)
+        tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
+        return params[NAME].to(norm.dtype) / norm.clamp_min(tiny)
+
+    sources = (*_tensors(base), *params.values())
+    return base.cache.trained("scale", sources, training, make, (dtype, update.scaling))
 
 
 def call(
@@ -82,7 +83,7 @@ def call(
     g = scale(base, x, params, update, training)
     if dropout == 0:
         return Call(x, None, update, lambda z: ops.scale_columns(z, g, base.bias, base.backend))
-    dropped = functional.dropout(x, dropout)
+    dropped = ops.drop(x, ops.dropout_seed(x), dropout, base.backend)
 
     def finish(z: Tensor) -> Tensor:
         rest = ops.linear(x - dropped, base.weight, base.bias, None, base.backend)

@@ -103,14 +103,16 @@ class Method(ABC):
         factors = self.factors(empty)
         return 0 if factors is None else factors[0].shape[0]
 
-    def settle(self, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec) -> None:
-        """Give the parameters that depend on the weight their first values, in place."""
+    def settle(
+        self, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec, dtype: torch.dtype
+    ) -> None:
+        """Give the parameters that depend on the weight, decoded to `dtype`, their first values."""
         if magnitude.NAME in params:
             with torch.no_grad():
                 update = self.update(base.cache, params, spec, training=False)
                 if update is None:
                     raise NotImplementedError(_NO_MAGNITUDE.format(self.name))
-                params[magnitude.NAME].copy_(magnitude.norms(base, update, base.dtype))
+                params[magnitude.NAME].copy_(magnitude.norms(base, update, dtype))
 
     def update(
         self, cache: Cache, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool

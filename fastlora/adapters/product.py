@@ -11,6 +11,7 @@ import torch
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
+from fastlora.adapters import magnitude
 from fastlora.adapters.base import AdapterConfig, check_alpha, check_dropout, check_flag
 from fastlora.adapters.cache import Cache
 from fastlora.adapters.method import AdapterSpec, Method, uniform
@@ -76,9 +77,9 @@ class Product(Method):
     def init(self, config: Any, spec: AdapterSpec, generator: torch.Generator) -> dict[str, Tensor]:
         """Return first values, by `init_weights`: uniform, one of them zero."""
         values = {name: torch.zeros(shape) for name, shape in spec.shapes.items()}
-        zero = self.zero(config, spec)
+        left = self.zero(config, spec), magnitude.NAME
         for name, value in values.items():
-            if name != zero:
+            if name not in left:
                 uniform(value, generator)
         return values
 

@@ -9,6 +9,7 @@ from fastlora.ops.columns import scale_columns
 from fastlora.ops.dropout import drop, dropout_seed
 from fastlora.ops.group import linear_group
 from fastlora.ops.linear import linear
+from fastlora.ops.scaled import scaled_linear
 from fastlora.ops.sums import weight_dots, weight_squares
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "linear",
     "linear_group",
     "scale_columns",
+    "scaled_linear",
     "weight_dots",
     "weight_squares",
 ]

@@ -9,9 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastlora.checks import check_columns, check_columns_backward, wide_dtype
+from fastlora.checks import check_columns, check_columns_backward
 from fastlora.dispatch import check_backend, choose
-from fastlora.ops.library import define, differentiate, is_plain, no_autocast, refuse_double
+from fastlora.ops.library import (
+    bias_gradient,
+    define,
+    differentiate,
+    is_plain,
+    no_autocast,
+    refuse_double,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -72,8 +79,7 @@ def _gradients(ctx: Any, dy: Tensor, call: Callable[..., Pair]) -> tuple[Tensor 
     if needs[0] or needs[1]:
         dz, dscale = call(dy, z, scale, needs[0], needs[1], ctx.backend)
     if needs[2]:
-        total = dy.reshape(-1, dy.shape[-1]).contiguous().sum(0, dtype=wide_dtype(dy.dtype))
-        dbias = total.to(ctx.bias_dtype)
+        dbias = bias_gradient(dy, ctx.bias_dtype)
     return dz if needs[0] else None, dscale if needs[1] else None, dbias, None
 
 
@@ -95,6 +101,20 @@ define(
     _backward_fake,
 )
 differentiate("scale_columns", _gradients_op, _remember)
+
+
+def forward_part(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """Return `scale_columns` without a gradient, through the dispatcher only where watched."""
+    call = _forward if is_plain(z, scale, bias) else torch.ops.fastlora.scale_columns
+    return cast(Tensor, call(z, scale, bias, backend))
+
+
+def backward_part(
+    dy: Tensor, z: Tensor | None, scale: Tensor, need_dz: bool, need_dscale: bool, backend: str
+) -> Pair:
+    """Return the gradients of `forward_part`."""
+    call = _backward if is_plain(dy, z, scale) else torch.ops.fastlora.scale_columns_backward
+    return cast(Pair, call(dy, z, scale, need_dz, need_dscale, backend))
 
 
 class _ScaleColumns(torch.autograd.Function):

@@ -106,20 +106,26 @@ class _LinearGroup(torch.autograd.Function):
         cast = [None if bias is None else bias.to(x.dtype) for bias in biases]
         with no_autocast(x.device.type):
             ys, ss = static[0].lora_group(x.reshape(-1, k), weights, cast, updates)
-        ctx.static, ctx.count = static, len(ss)
+        ctx.static, ctx.count, ctx.widths = static, len(ss), [y.shape[1] for y in ys]
         ctx.save_for_backward(x, *ss, *tensors)
+        ctx.set_materialize_grads(False)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             refuse_double("linear_group")
         x, *rest = ctx.saved_tensors
         ss, tensors = rest[: ctx.count], rest[ctx.count :]
         weights, biases, updates = _layers(ctx.static, tensors)
-        needs = ctx.needs_input_grad[2:]
+        # an output that was not used leaves no gradient: its layer's stay None
+        needs = [n and dys[i // 7] is not None for i, n in enumerate(ctx.needs_input_grad[2:])]
         need_dlora = any(needs[i] for i in range(len(needs)) if i % 7 > 4)
-        rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        m = x.numel() // x.shape[-1]
+        rows = [
+            x.new_zeros(m, n) if dy is None else dy.reshape(m, n)
+            for dy, n in zip(dys, ctx.widths, strict=True)
+        ]
         with no_autocast(x.device.type):
             dx, dAs, dBs = ctx.static[0].lora_group_backward(
                 rows, x.reshape(-1, x.shape[-1]), ss, weights, updates,

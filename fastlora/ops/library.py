@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastlora.checks import wide_dtype
+
 LIBRARY: Any = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, str format,"
@@ -42,6 +44,12 @@ def differentiate(
     torch.library.register_autograd(f"fastlora::{name}_backward", refuse, lib=LIBRARY)
 
 
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of dy (..., N) over its rows: (N,) of `dtype`."""
+    total = dy.reshape(-1, dy.shape[-1]).contiguous().sum(0, dtype=wide_dtype(dy.dtype))
+    return total.to(dtype)
+
+
 def refuse_double(name: str) -> None:
     """Raise that an op has no second derivative."""
     raise NotImplementedError(
@@ -59,7 +67,7 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
 
 def activation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which x is multiplied: autocast's where that is on, else its own."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x.dtype
     casts = x.is_floating_point() and x.dtype != torch.float64

@@ -16,6 +16,7 @@ from fastlora.dispatch import check_backend, choose
 from fastlora.ops.library import (
     WEIGHT,
     activation_dtype,
+    bias_gradient,
     define,
     differentiate,
     is_plain,
@@ -24,11 +25,12 @@ from fastlora.ops.library import (
 )
 
 Grads = tuple[Tensor, Tensor, Tensor]
+Needs = tuple[bool, bool, bool, bool]  # of the gradients of x, bias, A and B
 _UPDATE = (
     "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, Tensor? spans"
 )
 _NO_UPDATE = (None, None, 0.0, 0.0, None, None)
-_WEIGHT_GRAD = (
+WEIGHT_GRAD = (
     "the weight of a fastlora linear must be frozen, got one that requires a gradient; call"
     " weight.requires_grad_(False) or train it with torch.nn.functional.linear"
 )
@@ -39,15 +41,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, s) from the backend that takes the problem; x of any number of dimensions."""
     n, k = check_forward(x, weight, bias, update)
-    rows = x if x.dim() == 2 else x.reshape(-1, k)  # (M, K)
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, k)  # (M, K)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    r, dtype = (0, None) if update is None else (update.A.shape[0], update.A.dtype)
-    m, kind = rows.shape[0], (x.device.type, x.dtype, weight.format, weight.blocksize)
-    module = choose("lora_linear", *kind, m, n, k, r, dtype, backend)
-    with no_autocast(x.device.type):
-        y, s = module.lora_linear(rows, weight, bias, update)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), s
+    run, device = _pick("lora_linear", rows, weight, n, k, update, backend)
+    if torch.is_autocast_enabled(device):
+        with no_autocast(device):
+            y, s = run(rows, weight, bias, update)
+    else:
+        y, s = run(rows, weight, bias, update)
+    return (y if flat else y.view(*x.shape[:-1], n)), s
 
 
 def _backward(
@@ -59,18 +63,33 @@ def _backward(
     need_dx: bool,
     need_dlora: bool,
     backend: str,
+    k: int,
 ) -> Grads:
     """Return (dx, dA, dB) from the backend that takes the problem."""
-    n, k = check_backward(dy, x, s, weight, update, need_dlora)
-    rows = dy if dy.dim() == 2 else dy.reshape(-1, n)  # (M, N)
+    n, flat = dy.shape[-1], dy.dim() == 2
+    rows = dy if flat else dy.reshape(-1, n)  # (M, N)
     if x is not None and x.dim() != 2:
         x = x.reshape(-1, k)
+    run, device = _pick("lora_linear_backward", rows, weight, n, k, update, backend)
+    with no_autocast(device):
+        dx, dA, dB = run(rows, x, s, weight, update, need_dx, need_dlora)
+    return (dx if flat or not need_dx else dx.view(*dy.shape[:-1], k)), dA, dB
+
+
+def _pick(
+    op: str,
+    rows: Tensor,
+    weight: StoredWeight,
+    n: int,
+    k: int,
+    update: LowRank | None,
+    backend: str,
+) -> tuple[Callable[..., Any], str]:
+    """Return the backend's function for an op on x or dy, `rows`, and the device's type."""
     r, dtype = (0, None) if update is None else (update.A.shape[0], update.A.dtype)
-    m, kind = rows.shape[0], (dy.device.type, dy.dtype, weight.format, weight.blocksize)
-    module = choose("lora_linear_backward", *kind, m, n, k, r, dtype, backend)
-    with no_autocast(dy.device.type):
-        dx, dA, dB = module.lora_linear_backward(rows, x, s, weight, update, need_dx, need_dlora)
-    return (dx.view(*dy.shape[:-1], k) if need_dx and dy.dim() != 2 else dx), dA, dB
+    device = "cpu" if rows.is_cpu else rows.device.type
+    kind = (device, rows.dtype, weight.format, weight.blocksize, rows.shape[0], n, k, r, dtype)
+    return getattr(choose(op, *kind, backend), op), device
 
 
 def _forward_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -78,16 +97,45 @@ def _forward_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _forward(x, StoredWeight(*rest[:6]), rest[6], low_rank(*rest[7:13]), rest[13])
 
 
-def _backward_eager(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
-    return _backward(dy, x, s, StoredWeight(*rest[:6]), low_rank(*rest[6:12]), *rest[12:])
-
-
 def _backward_op(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
     """Run the op; what is not needed comes back as separate tensors without elements."""
-    need_dx, need_dlora = rest[12:14]
-    dx, dA, dB = _backward_eager(dy, x, s, *rest)
+    weight, update, (need_dx, need_dlora, backend) = _parts(rest)
+    _, k = check_backward(dy, x, s, weight, update, need_dlora)
+    dx, dA, dB = _backward(dy, x, s, weight, update, need_dx, need_dlora, backend, k)
     dx = dx if need_dx else dy.new_empty(0)
     return (dx, dA, dB) if need_dlora else (dx, dy.new_empty(0), dy.new_empty(0))
+
+
+def forward_parts(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return (y, s) without a gradient, through the dispatcher only where something watches it."""
+    low = _NO_UPDATE if update is None else update
+    if is_plain(x, weight.data, bias, low[0], low[1]):
+        return _forward(x, weight, bias, update, backend)
+    y, s = torch.ops.fastlora.lora_linear(x, *weight, bias, *low, backend)
+    return y, s
+
+
+def backward_parts(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    update: LowRank | None,
+    need_dx: bool,
+    need_dlora: bool,
+    backend: str,
+    k: int,
+) -> Grads:
+    """Return (dx, dA, dB) of `forward_parts`, through the dispatcher only where it is watched."""
+    call = _backward if is_plain(dy, x, weight.data) else _call_backward_op
+    return call(dy, x, s, weight, update, need_dx, need_dlora, backend, k)
+
+
+def _parts(rest: tuple[Any, ...]) -> tuple[StoredWeight, LowRank | None, tuple[Any, ...]]:
+    """Return the weight, the update and what follows them in the schema of the backward."""
+    return StoredWeight(*rest[:6]), low_rank(*rest[6:12]), rest[12:]
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -99,57 +147,75 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
-    need_dx, need_dlora, backend = rest[12:]
+    weight, update, (need_dx, need_dlora, backend) = _parts(rest)
     check_backend(backend)
-    update = low_rank(*rest[6:12])
-    _, k = check_backward(dy, x, s, StoredWeight(*rest[:6]), update, need_dlora)
+    _, k = check_backward(dy, x, s, weight, update, need_dlora)
     dx = dy.new_empty((*dy.shape[:-1], k) if need_dx else (0,))
     if not need_dlora or update is None:
         return dx, dy.new_empty(0), dy.new_empty(0)
     return dx, update.A.new_empty(update.A.shape), update.B.new_empty(update.B.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(
+    ctx: Any,
+    x: Tensor,
+    s: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    update: LowRank | None,
+    needs: Needs,
+) -> None:
     """Save what the backward needs: x and s only when the adapter wants its gradient."""
-    x, weight, absmax, nested, offset, format, blocksize, bias, lora_A, lora_B = inputs[:10]
-    needs = ctx.needs_input_grad
-    if needs[1]:
-        raise ValueError(_WEIGHT_GRAD)
-    ctx.need_dlora = needs[8] or needs[9]
-    flat = format != "dense" and x.shape[-1] % 2 == 1  # a flat packed weight does not know its K
-    keep_x = x if ctx.need_dlora or flat else None
-    keep_s = output[1] if ctx.need_dlora else None
-    scaling, dropout, seed, spans, backend = inputs[10:]
-    stored = (weight, absmax, nested, offset)
-    ctx.save_for_backward(keep_x, keep_s, *stored, lora_A, lora_B, seed, spans)
-    ctx.rest = (format, blocksize, scaling, dropout, backend)
+    A, B, scaling, dropout, seed, spans = _NO_UPDATE if update is None else update
+    need_dlora = needs[2] or needs[3]
+    flat = weight[4] != "dense" and x.shape[-1] % 2 == 1  # flat packed bytes do not know their K
+    keep_x = x if need_dlora or flat else None
+    ctx.save_for_backward(keep_x, s if need_dlora else None, *weight[:4], A, B, seed, spans)
+    ctx.rest = weight[4:], (scaling, dropout), needs, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, dy: Tensor, call: Callable[..., Grads]) -> tuple[Tensor | None, ...]:
-    """Return one gradient per input of the op, through `call`, the op or its implementation."""
-    x, s, weight, absmax, nested, offset, lora_A, lora_B, seed, spans = ctx.saved_tensors
-    format, blocksize, scaling, dropout, backend = ctx.rest
-    needs = ctx.needs_input_grad
+    """Return (dx, dbias, dA, dB), where needed, through `call`, the op or its implementation."""
+    x, s, data, absmax, nested, offset, A, B, seed, spans = ctx.saved_tensors
+    kind, (scaling, dropout), (need_dx, need_dbias, need_dA, need_dB), k = ctx.rest
     dx = dA = dB = dbias = None
-    if needs[0] or ctx.need_dlora:
-        stored = (weight, absmax, nested, offset, format, blocksize)
-        update = (lora_A, lora_B, scaling, dropout, seed, spans)
-        dx, dA, dB = call(dy, x, s, *stored, *update, needs[0], ctx.need_dlora, backend)
-    if needs[7]:
-        total = dy.reshape(-1, dy.shape[-1]).contiguous().sum(0, dtype=wide_dtype(dy.dtype))
-        dbias = total.to(ctx.bias_dtype)
-    dx, dA, dB = dx if needs[0] else None, dA if needs[8] else None, dB if needs[9] else None
-    return dx, None, None, None, None, None, None, dbias, dA, dB, None, None, None, None, None
+    need_dlora = need_dA or need_dB
+    if need_dx or need_dlora:
+        weight = StoredWeight(data, absmax, nested, offset, *kind)
+        update = None if A is None else LowRank(A, B, scaling, dropout, seed, spans)
+        dx, dA, dB = call(dy, x, s, weight, update, need_dx, need_dlora, ctx.backend, k)
+    if need_dbias:
+        dbias = bias_gradient(dy, ctx.bias_dtype)
+    return dx if need_dx else None, dbias, dA if need_dA else None, dB if need_dB else None
 
 
 def _remember_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _remember(ctx, inputs, output)
+    needs = ctx.needs_input_grad
+    if needs[1]:
+        raise ValueError(WEIGHT_GRAD)
+    weight, update = StoredWeight(*inputs[1:7]), low_rank(*inputs[8:14])
+    wanted = (needs[0], needs[7], needs[8], needs[9])
+    _remember(ctx, inputs[0], output[1], weight, inputs[7], update, wanted)
+    ctx.backend = inputs[14]
     ctx.mark_non_differentiable(output[1])
 
 
+def _call_backward_op(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    update: LowRank | None,
+    *rest: Any,
+) -> Grads:
+    flat = (*weight, *(_NO_UPDATE if update is None else update))
+    return cast(Grads, torch.ops.fastlora.lora_linear_backward(dy, x, s, *flat, *rest[:3]))
+
+
 def _gradients_op(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.fastlora.lora_linear_backward)
+    dx, dbias, dA, dB = _gradients(ctx, dy, _call_backward_op)
+    return dx, None, None, None, None, None, None, dbias, dA, dB, None, None, None, None, None
 
 
 define(
@@ -169,19 +235,29 @@ differentiate("lora_linear", _gradients_op, _remember_op)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The op without the dispatcher."""
+    """The op without the dispatcher; its operands have been checked when it goes backward."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, s = _forward_op(*inputs)
-        _remember(ctx, inputs, (y, s))
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        weight: StoredWeight,
+        update: LowRank | None,
+        backend: str,
+    ) -> Tensor:
+        y, s = _forward(x, weight, bias, update, backend)
+        _remember(ctx, x, s, weight, bias, update, ctx.needs_input_grad[:4])
+        ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_double("lora_linear")
-        return _gradients(ctx, dy, _backward_eager)
+        return *_gradients(ctx, dy, _backward), None, None, None
 
 
 def linear(
@@ -214,16 +290,21 @@ def linear(
     data = weight.data
     grads = torch.is_grad_enabled()
     if grads and data.requires_grad:
-        raise ValueError(_WEIGHT_GRAD)
+        raise ValueError(WEIGHT_GRAD)
     dtype = activation_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
-        data = data.to(dtype) if weight.format == "dense" else data
+        weight = weight._replace(data=data.to(dtype)) if weight.format == "dense" else weight
     low = _NO_UPDATE if update is None else update
-    inputs = (x, data, *weight[1:], bias, *low, backend)
-    if not is_plain(x, data, bias, low[0], low[1]):
-        return cast(Tensor, torch.ops.fastlora.lora_linear(*inputs)[0])
-    tensors = (x, bias, low[0], low[1])
-    if grads and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return cast(Tensor, _LoraLinear.apply(*inputs))  # type: ignore[no-untyped-call]
-    return _forward_op(*inputs)[0]
+    A, B = low[0], low[1]
+    if not is_plain(x, data, bias, A, B):
+        flat = torch.ops.fastlora.lora_linear(x, *weight, bias, *low, backend)
+        return cast(Tensor, flat[0])
+    if grads and (
+        x.requires_grad
+        or (A is not None and B is not None and (A.requires_grad or B.requires_grad))
+        or (bias is not None and bias.requires_grad)
+    ):
+        result = _LoraLinear.apply(x, bias, A, B, weight, update, backend)  # type: ignore[no-untyped-call]
+        return cast(Tensor, result)
+    return _forward(x, weight, bias, update, backend)[0]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("lora",)
+METHODS = ("lora", "dora", "loha", "lokr")
 QUANTIZATIONS = ("nf4", "fp4", "none")
 DEVICES = ("cpu", "cuda")
 

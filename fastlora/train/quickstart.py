@@ -26,7 +26,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import fastlora
-from fastlora import LoraConfig
+from fastlora import LoHaConfig, LoKrConfig, LoraConfig
+from fastlora.adapters import AdapterConfig
 from fastlora.dispatch import check_backend
 from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
@@ -83,12 +84,9 @@ class Quickstart:
                 f"sequence_length must be at most the model's context of {context} tokens, "
                 f"got {options.sequence_length}"
             )
-        config = LoraConfig(
-            r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"
-        )
         fastlora.patch_model(
             self.model,
-            config,
+            config_of(options),
             quantize=options.quantization,
             backend=options.backend,
             seed=options.seed,
@@ -214,6 +212,16 @@ class Quickstart:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+
+def config_of(options: QuickstartOptions) -> AdapterConfig:
+    """Return the adapter's config for the method that was asked for; alpha is twice the rank."""
+    r = options.rank
+    if options.method == "loha":
+        return LoHaConfig(r=r, alpha=2 * r)
+    if options.method == "lokr":
+        return LoKrConfig(r=r, alpha=2 * r)
+    return LoraConfig(r=r, lora_alpha=2 * r, use_dora=options.method == "dora")
 
 
 def _show_report(console: Console, report: dict[str, Any]) -> None:

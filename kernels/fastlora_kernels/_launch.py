@@ -7,11 +7,13 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.formats import FORMATS, StoredWeight, code_table, nested_table
 
-OPTIONS = {"enable_fp_fusion": False}  # see _tiles: a fused absmax would round differently
+OPTIONS = {"enable_fp_fusion": False}  # see _decode: a fused absmax would round differently
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PROGRAMS_PER_UNIT = 4  # resident programs that hide memory latency on one multiprocessor
 
 
@@ -44,18 +46,22 @@ def split_reduction(tiles: int, length: int, block: int, device: torch.device) -
     return -(-length // span), span
 
 
-def stored_arguments(weight: StoredWeight) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def stored_arguments(weight: StoredWeight) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Return how a kernel takes a 4-bit weight.
 
     Returns:
-        (packed, absmax, nested_absmax, nested_code, code, nested_offset), and the constants
+        (packed, absmax, nested_absmax, nested_code, nested_offset, code), and the constants CODE,
         LOG_BLOCK and NESTED.
     """
     data, absmax = weight.data.contiguous(), weight.absmax
     if absmax is None:
         raise ValueError(f"a {weight.format} weight must have an absmax, got None; pass it")
-    nested = weight.nested_absmax
-    tables = nested_table(data.device), code_table(FORMATS[weight.format], data.device)
-    unused = absmax if nested is None else nested
-    meta = {"LOG_BLOCK": weight.blocksize.bit_length() - 1, "NESTED": nested is not None}
-    return (data, absmax, unused, *tables, float(weight.nested_offset)), meta
+    nested, offset, book = weight.nested_absmax, weight.nested_offset, FORMATS[weight.format]
+    outer = (absmax, absmax) if nested is None or offset is None else (nested, offset)
+    tables = nested_table(data.device), code_table(book, data.device)
+    meta = {
+        "CODE": book.code,
+        "LOG_BLOCK": weight.blocksize.bit_length() - 1,
+        "NESTED": nested is not None,
+    }
+    return (data, absmax, outer[0], tables[0], outer[1], tables[1]), meta

@@ -1,19 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Device helpers that the Triton kernels share: 4-bit decoding and the low-rank product.
+"""Device helpers that the Triton kernels share: products, the dropout mask, spans of ranks.
 
 Numerics, stated once for all kernels here:
 
-- a weight is ``float32(code[nibble] * absmax[block])`` rounded once to the target dtype, and a
-  double-quantised absmax is ``nested_code[byte] * nested_absmax[block // 256] + offset`` with the
-  product rounded before the sum: both bit-equal to bitsandbytes. Kernels that decode are launched
-  with ``enable_fp_fusion=False``, or the compiler would fuse that product and sum;
-- sums are float32; float32 operands multiply with ``input_precision="ieee"``, never TF32;
+- sums are float32; two float32 operands multiply with ``input_precision="ieee"``, never TF32;
+- a 16-bit operand times a float32 one runs on matrix instructions, exactly: the float32 operand is
+  the sum of three bfloat16 parts (8 bits each), and the sums of the smaller parts are kept apart;
 - a masked element loads as zero, and offsets into tensors are int64.
-
-The sixteen codes are looked up with `tl.gather` in a 16-word table in shared memory: its words lie
-in different banks, so that a warp's lookup is one access. The forward's main loop then takes 8
-(sm_80) to 10 (sm_90) machine instructions per weight, with a tree of selects it takes 22 to 27; a
-double-quantised absmax adds one. These are counts in compiled code, not times.
 """
 
 from __future__ import annotations
@@ -21,83 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_absmax(
-    absmax_ptr, nested_ptr, nested_code_ptr, nested_offset, block, mask, NESTED: tl.constexpr
-):
-    """Return the float32 magnitudes of the blocks `block` (int64, any shape)."""
-    if NESTED:
-        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested_ptr + (block >> 8), mask=mask, other=0.0)
-        return tl.load(nested_code_ptr + code) * scale + nested_offset
-    else:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
-
-
-@triton.jit
-def lookup(code, nibbles, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return code[nibbles], (ROWS, COLS) float32; code (16,) float32, nibbles int32."""
-    return tl.gather(code, nibbles.reshape(ROWS * COLS), 0).reshape(ROWS, COLS)
-
-
-@triton.jit
-def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return (ROWS, COLS) int32 nibbles of (ROWS, COLS // 2) bytes, the high half first."""
-    wide = packed.to(tl.int32)
-    return tl.join(wide >> 4, wide & 15).reshape(ROWS, COLS)
-
-
-@triton.jit
-def weight_tile(
-    packed_ptr,
-    absmax_ptr,
-    nested_ptr,
-    nested_code_ptr,
-    nested_offset,
-    code,
-    rows,
-    col,
-    N,
-    K,
-    LOG_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Return the float32 values W[rows, col : col + COLS] of a packed (N, K) weight.
-
-    `rows` is (ROWS,) int64. ALIGNED says that K and `col` are multiples of COLS and that COLS
-    divides the block size, so that no byte straddles rows and a row of the tile has one absmax.
-    Elements outside the matrix are finite; the caller multiplies them with zero or masks them.
-    """
-    if ALIGNED:
-        inside = rows < N
-        half = col // 2 + tl.arange(0, COLS // 2)
-        pointers = packed_ptr + rows[:, None] * (K // 2) + half[None, :]
-        packed = tl.load(pointers, mask=inside[:, None], other=0)  # (ROWS, COLS // 2)
-        block = (rows * K + col) >> LOG_BLOCK
-        absmax = load_absmax(
-            absmax_ptr, nested_ptr, nested_code_ptr, nested_offset, block, inside, NESTED
-        )
-        return lookup(code, unpack(packed, ROWS, COLS), ROWS, COLS) * absmax[:, None]
-    else:
-        cols = col + tl.arange(0, COLS)
-        mask = (rows[:, None] < N) & (cols[None, :] < K)
-        element = rows[:, None] * K + cols[None, :]  # (ROWS, COLS)
-        packed = tl.load(packed_ptr + (element >> 1), mask=mask, other=0).to(tl.int32)
-        nibbles = tl.where((element & 1) == 0, packed >> 4, packed & 15)
-        absmax = load_absmax(
-            absmax_ptr,
-            nested_ptr,
-            nested_code_ptr,
-            nested_offset,
-            element >> LOG_BLOCK,
-            mask,
-            NESTED,
-        )
-        return lookup(code, nibbles, ROWS, COLS) * absmax
+GOLDEN = tl.constexpr(0x9E3779B9)
 
 
 @triton.jit
@@ -110,35 +27,111 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def without_infinities(value):
-    """Return `value` with zeros in place of infinities; NaN stays."""
-    return tl.where(tl.abs(value.to(tl.float32)) == float("inf"), 0.0, value).to(value.dtype)
-
-
-@triton.jit
 def split_bf16(value):
-    """Return bfloat16 (high, low) whose sum is `value` to 16 bits; an infinity has no low part."""
+    """Return bfloat16 (high, low) whose sum is `value` to 16 bits; low is NaN for an infinity."""
     high = value.to(tl.bfloat16)
-    low = without_infinities(value).to(tl.float32) - without_infinities(high).to(tl.float32)
-    return high, low.to(tl.bfloat16)
+    return high, (value.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
-def low_rank_dot(low, factor, acc, EXACT: tl.constexpr):
-    """Return ``acc + low @ factor``; low (M, R) float32, factor (R, O) in the adapter's dtype.
+def split3(value):
+    """Return three bfloat16 whose sum is the float32 `value`; NaN after an infinity."""
+    high, middle = split_bf16(value)
+    rest = value - high.to(tl.float32) - middle.to(tl.float32)
+    return high, middle, rest.to(tl.bfloat16)
+
+
+@triton.jit
+def mixed_dot(a, b, acc, rest):
+    """Return (acc, rest) with ``a b`` added to their sum; see `total`.
+
+    a and b have one dtype, and `rest` stays as it is, or one of them is float32.
+    """
+    if a.dtype == b.dtype:
+        return dot(a, b, acc), rest
+    elif b.dtype == tl.float32:
+        high, middle, low = split3(b)
+        if a.dtype == tl.bfloat16:
+            return dot(a, high, acc), dot(a, low, dot(a, middle, rest))
+        else:
+            top, bottom = split_bf16(a)
+            rest = dot(top, low, dot(bottom, middle, dot(top, middle, rest)))
+            return dot(top, high, acc), dot(bottom, high, rest)
+    else:
+        high, middle, low = split3(a)
+        if b.dtype == tl.bfloat16:
+            return dot(high, b, acc), dot(low, b, dot(middle, b, rest))
+        else:
+            top, bottom = split_bf16(b)
+            rest = dot(low, top, dot(middle, bottom, dot(middle, top, rest)))
+            return dot(high, top, acc), dot(high, bottom, rest)
+
+
+@triton.jit
+def total(acc, rest):
+    """Return acc + rest.
+
+    Where an operand is infinite, its smaller parts make `rest` NaN or infinite with any sign: then
+    `acc` alone is right.
+    """
+    return acc + tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit
+def low_rank_dot(low, factor, acc, rest, EXACT: tl.constexpr):
+    """Return (acc, rest) with ``low factor`` added; low (M, R) float32, factor (R, O).
 
     EXACT multiplies in float32. Otherwise each operand is split into two bfloat16 parts, which
     keeps 16 bits of it: far more than the 16-bit result shows, at the speed of matrix instructions.
-    An infinity counts in the product of the high parts alone: elsewhere its sign could be wrong.
     """
     if EXACT:
-        return dot(low, factor.to(tl.float32), acc)
+        return dot(low, factor.to(tl.float32), acc), rest
     else:
-        high, rest = split_bf16(low)
+        high, middle = split_bf16(low)
         if factor.dtype == tl.bfloat16:
-            return dot(rest, without_infinities(factor), dot(high, factor, acc))
+            return dot(high, factor, acc), dot(middle, factor, rest)
         else:
-            factor_high, factor_rest = split_bf16(factor)
-            acc = dot(high, factor_high, acc)
-            acc = dot(rest, without_infinities(factor_high), acc)
-            return dot(without_infinities(high), factor_rest, acc)
+            top, bottom = split_bf16(factor)
+            rest = dot(middle, top, dot(high, bottom, rest))
+            return dot(high, top, acc), rest
+
+
+@triton.jit
+def mix(h):
+    """Return the hash of uint32 `h`. Source: see `low_rank`."""
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows):
+    """Return the uint32 key of each row (int64) for the seed, one int64."""
+    seed = tl.load(seed_ptr)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return mix(mix(rows.to(tl.uint32) ^ low) + high + (rows >> 32).to(tl.uint32) * GOLDEN)
+
+
+@triton.jit
+def kept(keys, cols, threshold):
+    """Return which elements are kept: keys uint32 and cols (int) broadcast to each other."""
+    return mix(keys + cols.to(tl.uint32) * GOLDEN) >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def span_bounds(spans_ptr, rows, M, R, SPANS: tl.constexpr):
+    """Return (first, last) ranks of each row, int32; all ranks of rows without spans."""
+    if SPANS:
+        first = tl.load(spans_ptr + rows * 2, mask=rows < M, other=0)
+        return first, tl.load(spans_ptr + rows * 2 + 1, mask=rows < M, other=0)
+    else:
+        return tl.zeros_like(rows).to(tl.int32), tl.zeros_like(rows).to(tl.int32) + R
+
+
+@triton.jit
+def covered(first, last, R):
+    """Return (start, stop) of the ranks that any of the rows has; (R, 0) for none."""
+    some = first < last
+    return tl.min(tl.where(some, first, R)), tl.max(tl.where(some, last, 0))

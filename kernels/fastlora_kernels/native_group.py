@@ -10,22 +10,12 @@ from torch import Tensor
 
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
-from fastlora_kernels.native import (
-    DTYPES,
-    _check,
-    _contiguous,
-    _describe,
-    _Lora,
-    _low_rank,
-    _pointer,
-    _rows,
-    _Weight,
-    library,
-)
+from fastlora_kernels.native_library import DTYPES, Lora, Weight, library
+from fastlora_kernels.native_views import by_rows, check, contiguous, describe, low_rank, pointer
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[_pointer(tensor) for tensor in tensors])
+    return (ctypes.c_void_p * len(tensors))(*[pointer(tensor) for tensor in tensors])
 
 
 class _Layers:
@@ -38,14 +28,14 @@ class _Layers:
         k: int,
         n: list[int],
     ) -> None:
-        self.stored = [_contiguous(weight) for weight in weights]
-        views = [_low_rank(update) for update in updates]
+        self.stored = [contiguous(weight) for weight in weights]
+        views = [low_rank(update) for update in updates]
         self.updates = [alive for _, alive in views]
         self.ranks = [0 if alive is None else alive.A.shape[0] for alive in self.updates]
-        self.weight = (_Weight * len(n))(
-            *[_describe(weight, rows, k) for weight, rows in zip(self.stored, n, strict=True)]
+        self.weight = (Weight * len(n))(
+            *[describe(weight, rows, k) for weight, rows in zip(self.stored, n, strict=True)]
         )
-        self.lora = (_Lora * len(n))(*[view for view, _ in views])
+        self.lora = (Lora * len(n))(*[view for view, _ in views])
 
 
 def lora_group(
@@ -67,7 +57,7 @@ def lora_group(
     Returns:
         y (M, N_i) in x's dtype and s (M, R_i) float32, or (0,) without an update, per layer.
     """
-    x = _rows(x)
+    x = by_rows(x)
     m, k = x.shape
     layers = _Layers(weights, updates, k, n)
     wide = [None if bias is None else bias.to(torch.float32).contiguous() for bias in biases]
@@ -86,7 +76,7 @@ def lora_group(
         _pointers(ys),
         torch.get_num_threads(),
     )
-    _check(status, "fastlora_lora_group")
+    check(status, "fastlora_lora_group")
     return ys, ss
 
 
@@ -116,7 +106,7 @@ def lora_group_backward(
         dx (M, K), without elements when not needed; per layer dA (R_i, K) and dB (N_i, R_i), or
         None.
     """
-    x, rows = _rows(x), [_rows(dy) for dy in dys]
+    x, rows = by_rows(x), [by_rows(dy) for dy in dys]
     m, k = x.shape
     layers = _Layers(weights, updates, k, n)
     kept = [s.contiguous() for s in ss]
@@ -139,11 +129,11 @@ def lora_group_backward(
         layers.weight,
         layers.lora,
         dx.data_ptr() if need_dx else None,
-        _pointer(da),
+        pointer(da),
         _pointers(dbs),
         torch.get_num_threads(),
     )
-    _check(status, "fastlora_lora_group_backward")
+    check(status, "fastlora_lora_group_backward")
     if da is None:
         return dx, [None] * len(n), [None] * len(n)
     parts = da.split(layers.ranks)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora_kernels import native
+from fastlora_kernels import native, native_library
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
@@ -188,11 +188,11 @@ def test_refusals() -> None:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A process that has not loaded the library yet."""
-    loaded = native.library
+    loaded = native_library.library
     fresh = loaded.__wrapped__
-    monkeypatch.setattr(native, "library", fresh)
+    monkeypatch.setattr(native_library, "library", fresh)
     yield monkeypatch
-    monkeypatch.setattr(native, "library", loaded)
+    monkeypatch.setattr(native_library, "library", loaded)
 
 
 def test_a_missing_library_is_an_error(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_library_from_another_source_is_an_error(
     assert native.source_id(copy) == native.source_id(csrc)
     (copy / "simd.inl.h").write_text("// changed")
     assert native.source_id(copy) != native.source_id(csrc)
-    unloaded.setattr(native, "source_id", lambda folder: "0123456789abcdef")
+    unloaded.setattr(native_library, "source_id", lambda folder: "0123456789abcdef")
     with pytest.raises(ImportError, match="was built from another source than"):
         native.isa()
 

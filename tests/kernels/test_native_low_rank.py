@@ -18,7 +18,13 @@ from tests.kernels.native_problems import KINDS, operands, stored
 SCALING = 0.7
 DROPOUT = 0.3
 # m, n, k, r: one token; few; around the vector, tile and panel widths; more than one panel deep
-SHAPES = [(1, 64, 128, 8), (11, 17, 129, 9), (8, 33, 64, 4), (17, 129, 1000, 17), (70, 96, 2304, 64)]
+SHAPES = [
+    (1, 64, 128, 8),
+    (11, 17, 129, 9),
+    (8, 33, 64, 4),
+    (17, 129, 1000, 17),
+    (70, 96, 2304, 64),
+]
 DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16),

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from fastlora import cli
+from fastlora.adapters import method_of
 from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
 from fastlora.train import quickstart
+from fastlora.train.options import METHODS, QuickstartOptions
 from fastlora.train.output import free_directory, staged_directory
 
 SHORT = ["--steps", "8", "--batch-size", "2", "--sequence-length", "64", "--rank", "4"]
@@ -75,6 +77,13 @@ def test_peft_loads_the_adapter(run: Run) -> None:
     assert tuned < base
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_config(method: str) -> None:
+    config = quickstart.config_of(QuickstartOptions(method=method, rank=6))
+    spec = method_of(config).spec(config, "layer", 64, 32)
+    assert (spec.label, spec.r, spec.scaling) == (method, 6, 2.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -87,7 +96,7 @@ def test_peft_loads_the_adapter(run: Run) -> None:
         (["--threads", "-1"], "threads must be at least 0, got -1"),
         (["--seed", "-1"], "seed must be between 0 and 2**32 - 1, got -1"),
         (["--learning-rate", "nan"], "learning_rate must be finite and > 0, got nan"),
-        (["--method", "magic"], "method must be one of lora, got 'magic'"),
+        (["--method", "magic"], "method must be one of lora, dora, loha, lokr, got 'magic'"),
         (["--quantize", "int3"], "quantize must be one of nf4, fp4, none, got 'int3'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
         (["--backend", "slow"], "got 'slow'"),
