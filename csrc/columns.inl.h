@@ -24,38 +24,49 @@ void scale_columns(int64_t m, int64_t n, const T* z, const float* scale, const f
   for (int64_t i = 0; i < m; ++i) scale_row(z + i * n, scale, bias, n, y + i * n);
 }
 
-// dz and dscale of one stripe of columns: sums over rows in a fixed order, a few rows at a time in float.
+// dz of one row, and its products dy * z added to `sums`.
 template <class T>
-inline void scale_stripe_backward(int64_t m, int64_t n, const T* dy, int64_t lddy, const T* z, const float* scale,
-                                  T* dz, float* dscale, int64_t count) {
-  constexpr int64_t RUN = 32;
-  alignas(64) float total[STRIPE] = {};
-  for (int64_t run = 0; run < m; run += RUN)
-    for (int64_t c = 0; c < count; c += VW) {
-      const int64_t left = count - c;
-      const vf factor = left >= VW ? vload(scale + c) : vload_part(scale + c, left);
-      vf sum = vzero();
-      for (int64_t i = run; i < min64(run + RUN, m); ++i) {
-        const T* g = dy + i * lddy + c;
-        const vf gv = left >= VW ? vload(g) : vload_part(g, left);
-        if (dscale) sum = vfma(gv, left >= VW ? vload(z + i * n + c) : vload_part(z + i * n + c, left), sum);
-        if (dz && left >= VW)
-          vstore(dz + i * n + c, gv * factor);
-        else if (dz)
-          vstore_part(dz + i * n + c, gv * factor, left);
-      }
-      vstore(total + c, vload(total + c) + sum);
+inline void scale_row_backward(const T* dy, const T* z, const float* scale, int64_t count, T* dz, float* sums) {
+  for (int64_t c = 0; c < count; c += VW) {
+    const int64_t here = min64(VW, count - c);
+    const bool whole = here == VW;
+    const vf g = whole ? vload(dy + c) : vload_part(dy + c, here);
+    if (sums) {
+      const vf part = whole ? vload(z + c) : vload_part(z + c, here);
+      const vf sum = vfma(g, part, whole ? vload(sums + c) : vload_part(sums + c, here));
+      whole ? vstore(sums + c, sum) : vstore_part(sums + c, sum, here);
     }
-  if (dscale) memcpy(dscale, total, count * sizeof(float));
+    if (!dz) continue;
+    const vf d = g * (whole ? vload(scale + c) : vload_part(scale + c, here));
+    whole ? vstore(dz + c, d) : vstore_part(dz + c, d, here);
+  }
 }
 
+// Sums of ROWS rows each are added up in order, so dscale does not depend on the number of threads.
 template <class T>
 void scale_columns_backward(int64_t m, int64_t n, const T* dy, int64_t lddy, const T* z, const float* scale, T* dz,
                             float* dscale, int threads) {
-#pragma omp parallel for num_threads(m * n < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t c = 0; c < n; c += STRIPE)
-    scale_stripe_backward(m, n, dy + c, lddy, z ? z + c : nullptr, scale + c, dz ? dz + c : nullptr,
-                          dscale ? dscale + c : nullptr, min64(STRIPE, n - c));
+  constexpr int64_t ROWS = 32;
+  const int64_t chunks = (m + ROWS - 1) / ROWS;
+  float* sums = dscale ? static_cast<float*>(scratch(SCRATCH_SHARED, (chunks * n + 1) * sizeof(float))) : nullptr;
+#pragma omp parallel num_threads(m * n < FEW_PRODUCTS ? 1 : threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      float* own = sums ? sums + chunk * n : nullptr;
+      if (own) memset(own, 0, n * sizeof(float));
+      for (int64_t i = chunk * ROWS; i < min64(m, chunk * ROWS + ROWS); ++i)
+        scale_row_backward(dy + i * lddy, z ? z + i * n : nullptr, scale, n, dz ? dz + i * n : nullptr, own);
+    }
+#pragma omp for schedule(static)
+    for (int64_t stripe = 0; stripe < (dscale ? n : 0); stripe += STRIPE) {
+      const int64_t cols = min64(STRIPE, n - stripe);
+      alignas(64) float total[STRIPE] = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t c = 0; c < cols; ++c) total[c] += sums[chunk * n + stripe + c];
+      memcpy(dscale + stripe, total, cols * sizeof(float));
+    }
+  }
 }
 
 // out (n) = row sums of squares of W.
@@ -68,9 +79,11 @@ void weight_squares(const fastlora_weight& w, float* out, int threads) {
     for (int64_t c = 0; c < w.k; c += CHUNK) {
       const int64_t count = min64(CHUNK, w.k - c);
       decode_row(w, row, c, count, dtype_of<T>, values);
-      float part;
-      dots<1, 1>(values, 0, values, count, 1.0f, &part, 1);
-      sum += part;
+      for (int64_t i = 0; i < count; i += 4 * VW) {  // short float sums: as exact as their one rounding allows
+        float part;
+        dots<1, 1>(values + i, 0, values + i, min64(4 * VW, count - i), 1.0f, &part, 1);
+        sum += part;
+      }
     }
     out[row] = static_cast<float>(sum);
   }

@@ -138,18 +138,23 @@ template <class T>
 void row_norms(int64_t n, int64_t r, const float* squares, const float* dot, const T* b, const float* gram,
                float scaling, float* out, int threads) {
 #pragma omp parallel for num_threads(n * r * r < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t row = 0; row < n; ++row) {
-    const T* ranks = b + row * r;
-    double cross = 0, own = 0;
-    for (int64_t i = 0; i < r; ++i) {
-      const float bi = to_float(ranks[i]);
-      float part;
-      dots<1, 1>(gram + i * r, 0, ranks, r, 1.0f, &part, 1);
-      own += static_cast<double>(bi) * part;
-      cross += static_cast<double>(bi) * dot[i * n + row];
+  for (int64_t first = 0; first < n; first += VW) {
+    const int64_t rows = min64(VW, n - first);
+    auto* across = static_cast<float*>(scratch(SCRATCH_LOW_RANK, r * VW * sizeof(float)));  // dots of these rows
+    for (int64_t i = 0; i < r; ++i) vstore(across + i * VW, vload_part(dot + i * n + first, rows));
+    for (int64_t q = 0; q < rows; ++q) {
+      const T* ranks = b + (first + q) * r;
+      float cross = 0, own = 0;
+      for (int64_t i = 0; i < r; ++i) cross += to_float(ranks[i]) * across[i * VW + q];
+      for (int64_t j = 0; j < r; j += VW) {
+        const int64_t count = min64(VW, r - j);
+        vf sum = vzero();
+        for (int64_t i = 0; i < r; ++i) sum = vfma(vset(to_float(ranks[i])), vload_part(gram + i * r + j, count), sum);
+        own += vsum(sum * vload_part(ranks + j, count));
+      }
+      const double s = scaling, total = squares[first + q] + 2 * s * cross + s * s * own;
+      out[first + q] = static_cast<float>(__builtin_sqrt(total < 0 ? 0 : total));
     }
-    const double total = squares[row] + 2.0 * scaling * cross + static_cast<double>(scaling) * scaling * own;
-    out[row] = static_cast<float>(__builtin_sqrt(total > 0 ? total : (total <= 0 ? 0 : total)));
   }
 }
 

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
+from fastlora_kernels import native_products
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastlora import ops
 from fastlora.checks import wide_dtype
 from fastlora.kron import Factor, kron_product, rank_form
 from fastlora.ops.library import is_plain, no_autocast
+from fastlora.ops.products import column_products, kronecker, native_takes, row_products
 
 __all__ = [
     "hada_factors",
@@ -31,58 +33,6 @@ __all__ = [
     "stack_adapters",
 ]
 Pair = tuple[Tensor, Tensor]
-
-
-class _RowProducts(torch.autograd.Function):
-    """(r1, K), (r2, K) -> (r1 r2, K): every row of the one times every row of the other."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(u, v)
-        return (u.unsqueeze(1) * v).view(-1, u.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = ctx.saved_tensors
-        g = g.view(u.shape[0], *v.shape)  # (r1, r2, K)
-        return (g * v).sum(1), (g * u.unsqueeze(1)).sum(0)
-
-
-class _ColumnProducts(torch.autograd.Function):
-    """(N, r1), (N, r2) -> (N, r1 r2): every column of the one times every column of the other."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(u, v)
-        return (u.unsqueeze(2) * v.unsqueeze(1)).view(u.shape[0], -1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = ctx.saved_tensors
-        g = g.view(*u.shape, v.shape[1])  # (N, r1, r2)
-        return (g @ v.unsqueeze(2)).squeeze(2), (u.unsqueeze(1) @ g).squeeze(1)
-
-
-class _Kronecker(torch.autograd.Function):
-    """(a, b), (c, d) -> (a c, b d), the Kronecker product."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(u, v)
-        product = u[:, None, :, None] * v[:, None, :]  # (a, c, b, d)
-        return product.view(u.shape[0] * v.shape[0], -1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = ctx.saved_tensors
-        (a, b), (c, d) = u.shape, v.shape
-        g = g.view(a, c, b, d)
-        du = (g @ v.unsqueeze(2)).squeeze(3).sum(1)  # (a, c, b) -> (a, b)
-        return du, (u[:, None, None, :] @ g).squeeze(2).sum(0)  # (a, c, d) -> (c, d)
-
-
-def _apply(function: type[torch.autograd.Function], u: Tensor, v: Tensor) -> Tensor:
-    return cast(Tensor, function.apply(u, v))  # type: ignore[no-untyped-call]
 
 
 def hada_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Pair:
@@ -101,7 +51,7 @@ def hada_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Pair
 
     Source: FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 1.
     """
-    return _apply(_RowProducts, w1_b, w2_b), _apply(_ColumnProducts, w1_a, w2_a)
+    return row_products(w1_b, w2_b), column_products(w1_a, w2_a)
 
 
 def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
@@ -131,17 +81,16 @@ def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
     a, b = cast(Pair, w2)
     if form[1] == "both":
         a1, b1 = cast(Pair, w1)
-        return _apply(_Kronecker, b1, b), _apply(_Kronecker, a1, a)
+        return kronecker(b1, b), kronecker(a1, a)
     full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]  # (n1, k1)
     if form[1] == "rows":
-        return _apply(_Kronecker, full, b), _along_diagonal(a, full.shape[0])
-    return _along_diagonal(b, full.shape[1]), _apply(_Kronecker, full, a)
+        return kronecker(full, b), _along_diagonal(a, full.shape[0])
+    return _along_diagonal(b, full.shape[1]), kronecker(full, a)
 
 
 def _along_diagonal(w: Tensor, count: int) -> Tensor:
     """Return ``kron(I, w)``: w (a, b), `count` times along the diagonal."""
-    blocks = torch.diag_embed(w.unsqueeze(2).expand(-1, -1, count), 0, 0, 2)
-    return blocks.reshape(count * w.shape[0], count * w.shape[1])
+    return kronecker(torch.eye(count, dtype=w.dtype, device=w.device), w)
 
 
 @torch.no_grad()
@@ -173,11 +122,15 @@ def row_norms(
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, with the square of the sum written out.
     """
     wide = wide_dtype(dtype)
-    A, B = update.A.detach(), update.B.detach().to(wide)  # (R, K), (N, R)
+    A, B = update.A.detach(), update.B.detach()  # (R, K), (N, R)
     if A.dtype not in (torch.float32, dtype):
         A = A.to(wide)
     dots = ops.weight_dots(A, weight, dtype, backend)  # (R, N)
     with no_autocast(B.device.type):
+        if native_takes(B):
+            A = A.to(wide)
+            return native_products.row_norms(squares, dots, B, A @ A.t(), update.scaling)
+        B = B.to(wide)
         A = A.to(wide)
         cross = (dots.t() * B).sum(1, dtype=torch.float64)
         own = ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)

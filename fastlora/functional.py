@@ -17,6 +17,7 @@ from fastlora.operands import (
     check_factors,
     check_ids,
     check_vector,
+    size,
     with_dropout,
 )
 from fastlora.ops.library import activation_dtype
@@ -164,7 +165,7 @@ def multi_lora_linear(
             "lora_A, lora_B and scaling must have one entry per adapter, at least one, got"
             f" {len(lora_A)}, {len(lora_B)} and {len(scaling)}"
         )
-    ranks = [a.shape[0] for a in lora_A]
+    ranks = [size(a, 0) for a in lora_A]
     operands = {f"lora_A[{i}]": (a, (ranks[i], k)) for i, a in enumerate(lora_A)}
     operands |= {f"lora_B[{i}]": (b, (n, ranks[i])) for i, b in enumerate(lora_B)}
     check_factors(operands, x, activation_dtype(x))

@@ -51,6 +51,11 @@ def with_dropout(
     return update._replace(dropout=float(dropout), seed=seed)
 
 
+def size(matrix: Tensor, dim: int) -> int:
+    """Return the size of a dimension, 0 of what is no matrix, for `check_factors` to refuse."""
+    return matrix.shape[dim] if matrix.dim() == 2 else 0
+
+
 def check_factors(
     operands: Mapping[str, tuple[Tensor, tuple[int, int]]], x: Tensor, dtype: torch.dtype
 ) -> None:
@@ -66,6 +71,8 @@ def check_factors(
         ValueError: a shape or a device.
     """
     for name, (matrix, shape) in operands.items():
+        if matrix.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {tuple(matrix.shape)}")
         if tuple(matrix.shape) != shape or 0 in shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
         same_device(name, matrix, x)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.factors import hada_factors, kron_factors, kron_product
 from fastlora.kron import Factor, shape_of
-from fastlora.operands import Weight, as_stored, check_factors, with_dropout
+from fastlora.operands import Weight, as_stored, check_factors, size, with_dropout
 from fastlora.ops.library import activation_dtype
 
 
@@ -56,7 +56,7 @@ def hada_linear(
     arXiv:2309.14859.
     """
     stored, (n, k) = as_stored(weight)
-    r1, r2 = w1_a.shape[-1], w2_a.shape[-1]
+    r1, r2 = size(w1_a, 1), size(w2_a, 1)
     operands = {"w1_a": (w1_a, (n, r1)), "w1_b": (w1_b, (r1, k))}
     check_factors(
         operands | {"w2_a": (w2_a, (n, r2)), "w2_b": (w2_b, (r2, k))}, x, activation_dtype(x)
@@ -122,15 +122,15 @@ def _check_kron(w1: Factor, w2: Factor, n: int, k: int, x: Tensor) -> None:
     operands = {}
     for name, w in (("w1", w1), ("w2", w2)):
         if isinstance(w, Tensor):
-            operands[name] = (w, (w.shape[0], w.shape[-1]))
+            operands[name] = (w, (size(w, 0), size(w, 1)))
             continue
         if not isinstance(w, tuple) or len(w) != 2 or not all(isinstance(t, Tensor) for t in w):
             raise TypeError(
                 f"{name} must be a Tensor or a pair of Tensors, got {type(w).__name__}; pass one"
             )
         left, right = w
-        operands[f"{name}[0]"] = (left, (left.shape[0], right.shape[0]))
-        operands[f"{name}[1]"] = (right, (right.shape[0], right.shape[-1]))
+        operands[f"{name}[0]"] = (left, (size(left, 0), size(right, 0)))
+        operands[f"{name}[1]"] = (right, (size(right, 0), size(right, 1)))
     check_factors(operands, x, x.dtype)
     (n1, k1), (n2, k2) = shape_of(w1), shape_of(w2)
     if (n1 * n2, k1 * k2) != (n, k):

@@ -19,7 +19,7 @@ LAYERS = [
     ["bnb_format", "bnb_live", "quant", "backends"],
     ["weight_checks", "dispatch", "checks"],
     ["ops"],
-    ["kron", "factors", "functional"],
+    ["kron", "factors", "operands", "functional", "products"],
     ["adapters"],
     ["config", "layers"],
     ["sharing", "fuse", "plan", "patch", "report"],

@@ -110,7 +110,7 @@ def halves(pairs, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_words(words, absmax, CODE: tl.constexpr, DTYPE: tl.constexpr):
+def lookup_words(words, absmax, CODE: tl.constexpr, DTYPE: tl.constexpr):
     """Return the values of packed words by byte permutes.
 
     Args:
@@ -120,7 +120,7 @@ def decode_words(words, absmax, CODE: tl.constexpr, DTYPE: tl.constexpr):
         DTYPE: tl.bfloat16 or tl.float16.
 
     Returns:
-        (ROWS, BLOCKS, WORDS, 4, 2) DTYPE, in the order of memory.
+        Four (ROWS, BLOCKS, WORDS) int32, each two values in the order of memory, low half first.
     """
     l0, h0 = byte_planes(
         pair(absmax, CODE[0], CODE[1], DTYPE), pair(absmax, CODE[2], CODE[3], DTYPE)
@@ -134,19 +134,25 @@ def decode_words(words, absmax, CODE: tl.constexpr, DTYPE: tl.constexpr):
     l3, h3 = byte_planes(
         pair(absmax, CODE[12], CODE[13], DTYPE), pair(absmax, CODE[14], CODE[15], DTYPE)
     )
-    tables = [
+    operands = [
         words,
         l0[:, :, None], l1[:, :, None], l2[:, :, None], l3[:, :, None],
         h0[:, :, None], h1[:, :, None], h2[:, :, None], h3[:, :, None],
     ]  # fmt: skip
-    p0, p1, p2, p3 = tl.inline_asm_elementwise(
+    return tl.inline_asm_elementwise(
         LOOKUP,
         LOOKUP_REGISTERS,
-        tables,
+        operands,
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def decode_words(words, absmax, CODE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the values of `lookup_words` as (ROWS, BLOCKS, WORDS, 4, 2) DTYPE."""
+    p0, p1, p2, p3 = lookup_words(words, absmax, CODE, DTYPE)
     pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # (ROWS, BLOCKS, WORDS, 2, 2)
     shape: tl.constexpr = [words.shape[0], words.shape[1], words.shape[2], 4]
     return halves(pairs.reshape(shape), DTYPE)

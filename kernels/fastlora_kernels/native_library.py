@@ -75,6 +75,9 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     ),
     "fastlora_weight_dots": ([_i32, _i32, _i64, _p, _w, _p, _i32], _i32),
     "fastlora_weight_squares": ([_i32, _w, _p, _i32], _i32),
+    "fastlora_row_norms": ([_i32, _i64, _i64, _p, _p, _p, _p, ctypes.c_float, _p, _i32], _i32),
+    "fastlora_products": ([_i32, _i32, _p, _p, _p, _p, _i32], _i32),
+    "fastlora_products_backward": ([_i32, _i32, _p, _p, _p, _p, _p, _p, _i32], _i32),
     "fastlora_scale_columns": ([_i32, _i64, _i64, _p, _p, _p, _p, _i32], _i32),
     "fastlora_scale_columns_backward": (
         [_i32, _i64, _i64, _p, _i64, _p, _p, _p, _p, _i32],

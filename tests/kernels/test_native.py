@@ -23,7 +23,7 @@ from tests.kernels.native_problems import KINDS, operands, stored
 SCALING = 0.7
 # m, n, k, r: one token; few; around the vector, tile and panel widths; more than one panel deep
 SHAPES = [
-    (1, 64, 128, 8),
+    (1, 64, 128, 64),
     (3, 17, 129, 3),
     (8, 100, 192, 16),
     (9, 33, 64, 4),
@@ -58,16 +58,21 @@ def exactly(weight: StoredWeight, dtype: torch.dtype) -> contract.Op:
     return op
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("dtype", "adapter"),
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.float32),
-    ],
-    ids=["bf16-f32", "bf16-bf16", "f32-f32"],
-)
+PRECISIONS = {
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "bf16-bf16": (torch.bfloat16, torch.bfloat16),
+    "f32-f32": (torch.float32, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+    "f16-f16": (torch.float16, torch.float16),
+}
+CASES = [
+    pytest.param(kind, *dtypes, id=f"{name}-{kind}")
+    for name, dtypes in PRECISIONS.items()
+    for kind in ((KINDS[0], "dense") if name.startswith("f16") else KINDS)
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "adapter"), CASES)
 def test_contract(isa: str, kind: str, dtype: torch.dtype, adapter: torch.dtype) -> None:
     torch.manual_seed(0)
     shapes = SHAPES if kind == KINDS[0] else SHAPES[1::3]
@@ -178,8 +183,8 @@ def test_refusals() -> None:
 
     assert backend.why_not(problem()) is None
     assert "runs on cpu only, not on cuda" in str(backend.why_not(problem(device="cuda")))
-    assert "not in torch.float16" in str(backend.why_not(problem(dtype=torch.float16)))
-    assert "not torch.float16" in str(backend.why_not(problem(adapter_dtype=torch.float16)))
+    assert "not in torch.float64" in str(backend.why_not(problem(dtype=torch.float64)))
+    assert "not torch.float64" in str(backend.why_not(problem(adapter_dtype=torch.float64)))
     assert backend.why_not(problem(op="dequantize", dtype=torch.float16)) is None
     with pytest.raises(ValueError, match="isa must be one of"):
         native.set_isa("sse9")
