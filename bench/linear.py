@@ -9,7 +9,6 @@ python -m bench.linear --memory            # peak extra memory of forward + back
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastlora
-from bench import common
+from bench import common, memory
 
 # (out_features, in_features)
 SHAPES = {
@@ -184,18 +183,7 @@ def extra_memory(name: str, m: int, variant: str, args: argparse.Namespace) -> i
     warm[variant]().train(tiny, torch.randn(1, 64).bfloat16())  # libraries loaded, threads started
     x = torch.randn(m, k).bfloat16().requires_grad_()
     dy = torch.randn(m, n).bfloat16()
-    ctypes.CDLL(None).malloc_trim(0)  # so that no freed memory is used again unseen
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from here
-    before = _status("VmRSS")
-    gradients = layer.train(x, dy)
-    outputs = sum(t.numel() * t.element_size() for t in gradients) + m * n * 2
-    return _status("VmHWM") - before - outputs
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+    return memory.peak(partial(layer.train, x, dy), m * n * 2)
 
 
 def memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
