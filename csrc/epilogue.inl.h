@@ -14,18 +14,19 @@ struct Epilogue {
   int64_t r, rank, ranks;  // all ranks (the width of S); the span of this block
   const Dropout& dropout;
   int64_t first;  // column of the output at which the panel starts
+  const Rows& rows;
 };
 
 // The low-rank term of ROWS rows and two vectors of columns.
 template <int ROWS>
-inline void low_rank(const Epilogue& e, int64_t row, int64_t col, const float* low, int64_t ld, vf term[ROWS][2]) {
+inline void low_rank(const Epilogue& e, const int64_t row[ROWS], int64_t col, const float* low, int64_t ld, vf term[ROWS][2]) {
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) term[i][v] = low ? vload(low + i * ld + v * VW) : vzero();
   for (int64_t j = e.rank; !low && j < e.rank + e.ranks; ++j) {
     const float* u = e.u + j * PANEL_COLUMNS + col;
     const vf u0 = vload(u), u1 = vload(u + VW);
     for (int i = 0; i < ROWS; ++i) {
-      const vf s = vset(e.s[(row + i) * e.r + j]);
+      const vf s = vset(e.s[row[i] * e.r + j]);
       term[i][0] = vfma(s, u0, term[i][0]);
       term[i][1] = vfma(s, u1, term[i][1]);
     }
@@ -33,31 +34,33 @@ inline void low_rank(const Epilogue& e, int64_t row, int64_t col, const float* l
   if (!e.dropout.on) return;
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v)
-      term[i][v] = vset(e.dropout.scale) * drop(e.dropout, e.dropout.key(row + i), e.first + col + v * VW, term[i][v]);
+      term[i][v] = vset(e.dropout.scale) * drop(e.dropout, e.dropout.key(row[i]), e.first + col + v * VW, term[i][v]);
 }
 
 // One tile of sums over one panel's depth: added to the partial sums, and on the last panel finished and stored.
 struct Step {
   bool first, last;
-  float* partial;  // (m, PANEL_COLUMNS)
+  float* partial;  // (m, PANEL_COLUMNS), by position
 };
 
-// Rows `i` on of a tile whose first row is `row`.
+// Rows `i0` on of a tile whose first row is at `position`.
 template <int ROWS, class O>
-inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilogue& e, const Step& step, int64_t row,
-                        int64_t i0, int64_t col, int64_t c, O* out, int64_t ldo) {
+inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilogue& e, const Step& step,
+                        int64_t position, int64_t i0, int64_t col, int64_t c, O* out, int64_t ldo) {
   vf sums[ROWS][2];
   const int64_t at = i0 * ld + c;
-  row += i0;
+  position += i0;
   col += c;
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) {
-      float* part = step.partial + (row + i) * PANEL_COLUMNS + col + v * VW;
+      float* part = step.partial + (position + i) * PANEL_COLUMNS + col + v * VW;
       sums[i][v] = vload(tile + at + i * ld + v * VW);
       if (!step.first) sums[i][v] = sums[i][v] + vload(part);
       if (!step.last) vstore(part, sums[i][v]);
     }
   if (!step.last) return;
+  int64_t row[ROWS];
+  for (int i = 0; i < ROWS; ++i) row[i] = e.rows.at(position + i);
   if (e.ranks) {
     vf term[ROWS][2];
     low_rank<ROWS>(e, row, col, e.low ? e.low + at : nullptr, ld, term);
@@ -68,7 +71,7 @@ inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilo
     for (int v = 0; v < 2; ++v) sums[i][v] = sums[i][v] + vload(e.bias + col + v * VW);
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) {
-      O* p = out + (row + i) * ldo + col + v * VW;
+      O* p = out + row[i] * ldo + col + v * VW;
       const int64_t left = cols - c - v * VW;
       if (left >= VW)
         vstore(p, sums[i][v]);
@@ -78,12 +81,12 @@ inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilo
 }
 
 template <int GROUP, class O>
-inline void finish(const float* tile, int64_t rows, int64_t cols, const Epilogue& e, const Step& step, int64_t row,
+inline void finish(const float* tile, int64_t rows, int64_t cols, const Epilogue& e, const Step& step, int64_t position,
                    int64_t col, O* out, int64_t ldo) {
   for (int64_t c = 0; c < cols; c += 2 * VW) {
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) finish_rows<4>(tile, GROUP, cols, e, step, row, i, col, c, out, ldo);
-    for (; i < rows; ++i) finish_rows<1>(tile, GROUP, cols, e, step, row, i, col, c, out, ldo);
+    for (; i + 4 <= rows; i += 4) finish_rows<4>(tile, GROUP, cols, e, step, position, i, col, c, out, ldo);
+    for (; i < rows; ++i) finish_rows<1>(tile, GROUP, cols, e, step, position, i, col, c, out, ldo);
   }
 }
 

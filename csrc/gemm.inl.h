@@ -13,9 +13,9 @@ struct Narrow {
   int64_t width;
 };
 
-// The low-rank term for the matrix unit: S and U in bf16, one operand per segment and span (low_rank_amx.inl.h).
+// The low-rank term for the matrix unit: S and U in bf16, one operand per span (low_rank_amx.inl.h).
 struct TileTerm {
-  const bf16* s;  // (m, lds), the ranks of a row's span from column 0 on
+  const bf16* s;  // (m, lds) by position, the ranks of a row's span from column 0 on
   int64_t lds;
   const std::vector<Narrow>& factors;  // per span: (n, width) forward, (width, k) backward
 };
@@ -35,7 +35,7 @@ struct Gemm {
   int64_t m;
   bool backward;
   const fastlora_lora& lora;
-  const Segments& segments;
+  const Rows& rows;
   const float* s;         // (m, r)
   const TileTerm* tiles;  // in place of s, where the matrix unit adds the term
   const float* bias;
@@ -123,42 +123,42 @@ inline void pack_low_panels(const Gemm<T, O>& g, int64_t col, int64_t cols, Work
 }
 #endif
 
-// `count` rows of the output, over the depth of one panel, all of one segment.
+// The rows at `count` positions of the output, all of one span, over the depth of one panel.
 template <class Compute, class T, class O>
 inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Part<T>& part, int64_t red,
-                      int64_t depth, const Step& step, const Segment& segment, const Dropout& dropout, int64_t row,
+                      int64_t depth, const Step& step, const Span& span, const Dropout& dropout, int64_t position,
                       int64_t count, int64_t col, int64_t cols) {
   constexpr int GROUP = Shape<Compute>::GROUP;
   alignas(64) float tile[Shape<Compute>::ROWS * GROUP];
-  Epilogue e{g.s, s.u, s.bias, nullptr, g.lora.r, segment.rank, segment.r, dropout, col};
+  Epilogue e{g.s, s.u, s.bias, nullptr, g.lora.r, span.rank, span.r, dropout, col, g.rows};
   const int64_t stride = sizeof(Compute) == 2 ? round_up(depth, 32) : depth;
-  const T* a = part.a + row * part.lda + red;
-  const bool direct = in_place<Compute>(count, depth);
-  if (!direct) pack_rows(a, part.lda, count, depth, s.rows);
+  const T* a = part.a + g.rows.at(position) * part.lda + red;
+  const bool direct = in_place<Compute>(count, depth) && g.rows.adjoin(position, count);
+  if (!direct) pack_rows(Lines<T>{part.a + red, part.lda, &g.rows, position}, count, depth, s.rows);
   for (int64_t c = 0; c < cols; c += GROUP) {
     const Compute* from = direct ? reinterpret_cast<const Compute*>(a) : s.rows;
 #if defined(__AMX_BF16__)
     if constexpr (is_bf16<Compute>) {
       if (g.tiles) {
         alignas(64) float low[Shape<Compute>::ROWS * GROUP];
-        const Narrow& u = s.low_panels[segment.span];
+        const Narrow& u = s.low_panels[span.id];
         const Product products[2] = {
             {from, direct ? part.lda : PACKED, s.panel + c * stride, depth},
-            {g.tiles->s + row * g.tiles->lds, g.tiles->lds, u.data + c * round_up(u.width, 32), u.width}};
+            {g.tiles->s + position * g.tiles->lds, g.tiles->lds, u.data + c * round_up(u.width, 32), u.width}};
         const bool add = step.last && u.width;
         multiply(products, add && !dropout.on ? 2 : 1, count, tile);
         e.ranks = 0;
         if (add && dropout.on) {
           multiply(products + 1, 1, count, low);
-          e.low = low, e.ranks = segment.r;
+          e.low = low, e.ranks = span.r;
         }
-        finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, row, c, g.out + col, g.columns());
+        finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
         continue;
       }
     }
 #endif
     micro(from, direct ? part.lda : PACKED, count, depth, s.panel + c * stride, tile);
-    finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, row, c, g.out + col, g.columns());
+    finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
   }
 }
 
@@ -182,10 +182,10 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
         pack_panel_backward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
       else
         pack_panel_forward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
-      for (const Segment& segment : g.segments.rows)
-        for (int64_t row = 0; row < segment.rows; row += S::ROWS)
-          row_block<Compute>(g, s, g.parts[i], red, depth, step, segment, dropout, segment.row + row,
-                             min64(S::ROWS, segment.rows - row), col, cols);
+      for (const Span& span : g.rows.spans)
+        for (int64_t i0 = 0; i0 < span.count; i0 += S::ROWS)
+          row_block<Compute>(g, s, g.parts[i], red, depth, step, span, dropout, span.first + i0,
+                             min64(S::ROWS, span.count - i0), col, cols);
     }
   }
 }

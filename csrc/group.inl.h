@@ -37,15 +37,15 @@ void group_forward(int64_t m, const T* x, int64_t ldx, int count, const fastlora
                    const fastlora_lora* lora, float* const* s, void* const* y, int threads) {
   const int64_t k = w->k;
   const Stacked all(count, lora, k);
-  const Segments segments(all.lora, m);
+  const Rows rows(all.lora, m);
   auto* sums = static_cast<float*>(scratch(SCRATCH_GROUP, m * all.lora.r * sizeof(float)));
   if (all.lora.r)
     as_type(all.lora.dtype, all.lora.a,
-            [&](auto* a) { project_x(m, x, ldx, k, a, all.lora, segments, sums, threads); });
+            [&](auto* a) { project_x(m, x, ldx, k, a, all.lora, rows, sums, threads); });
   int64_t rank = 0;
   for (int i = 0; i < count; rank += lora[i++].r) {
     copy_columns(m, sums, all.lora.r, rank, s[i], lora[i].r, false);
-    apply(m, x, ldx, w[i], bias[i], lora[i], Segments(lora[i], m), s[i], static_cast<T*>(y[i]), threads);
+    apply(m, x, ldx, w[i], bias[i], lora[i], Rows(lora[i], m), s[i], static_cast<T*>(y[i]), threads);
   }
 }
 
@@ -55,14 +55,14 @@ void group_backward(int64_t m, int count, const void* const* dy, const int64_t* 
                     void* const* db, int threads) {
   const Stacked all(count, lora, w->k);
   const int64_t r = all.lora.r;
-  const Segments segments(all.lora, m);
+  const Rows rows(all.lora, m);
   const Dropout none(all.lora);
   auto* ds = static_cast<float*>(scratch(SCRATCH_GROUP, 2 * m * r * sizeof(float)));
   std::vector<Part<T>> parts;
   int64_t rank = 0;
   for (int i = 0; i < count; rank += lora[i++].r) {
     const T* grad = static_cast<const T*>(dy[i]);
-    const Segments own(lora[i], m);
+    const Rows own(lora[i], m);
     parts.push_back({grad, lddy[i], w + i});
     if (!lora[i].r) continue;
     project_dy<T, L>(m, grad, lddy[i], w[i].n, lora[i], own, ds + m * r, threads);
@@ -72,8 +72,8 @@ void group_backward(int64_t m, int count, const void* const* dy, const int64_t* 
             threads);
   }
   if (dx)
-    input_gradient<L>(Gemm<T, T>{parts.data(), count, m, true, all.lora, segments, ds, nullptr, nullptr, dx, threads});
-  if (da) outer(ds, x, ldx, m, segments, r, w->k, 1.0f, none, false, da, threads);
+    input_gradient<L>(Gemm<T, T>{parts.data(), count, m, true, all.lora, rows, ds, nullptr, nullptr, dx, threads});
+  if (da) outer(ds, x, ldx, m, rows, r, w->k, 1.0f, none, false, da, threads);
 }
 
 void lora_group(int32_t dtype, int64_t m, const void* x, int64_t ldx, int count, const fastlora_weight* w,

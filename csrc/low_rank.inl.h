@@ -53,33 +53,35 @@ inline void project_rows(const X* x, int64_t ldx, int64_t count, const L* a, int
   }
 }
 
-// One segment of out (m, r) = scale * drop(x) (m, k) a (r, k)^T.
+// One span of out (m, r) = scale * drop(x) (m, k) a (r, k)^T.
 template <class X, class L>
-inline void project(const X* x, int64_t ldx, const Segment& g, const L* a, int64_t r, int64_t k, float scale,
-                    const Dropout& dropout, float* out, int threads) {
+inline void project(const X* x, int64_t ldx, const Rows& rows, const Span& g, const L* a, int64_t r, int64_t k,
+                    float scale, const Dropout& dropout, float* out, int threads) {
   constexpr int MR = VW == 16 ? 3 : 1;
-  const int64_t last = g.row + g.rows;
+  const int64_t last = g.first + g.count;
+  const L* ranks = a + g.rank * k;
   if (dropout.on) scale *= dropout.scale;
-#pragma omp parallel for num_threads(g.rows * g.r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t i = g.row; i < last; i += MR) {
-    const int64_t count = min64(MR, last - i);
-    const L* ranks = a + g.rank * k;
-    float* sums = out + i * r + g.rank;
-    if (!dropout.on) {
-      project_rows<MR>(x + i * ldx, ldx, count, ranks, g.r, k, scale, sums, r);
+#pragma omp parallel for num_threads(g.count * g.r * k < FEW_PRODUCTS ? 1 : threads) schedule(static)
+  for (int64_t i = g.first; i < last; i += MR) {
+    const int64_t count = min64(MR, last - i), row = rows.at(i);
+    if (!dropout.on && rows.adjoin(i, count)) {
+      project_rows<MR>(x + row * ldx, ldx, count, ranks, g.r, k, scale, out + row * r + g.rank, r);
       continue;
     }
     auto* kept = static_cast<float*>(scratch(SCRATCH_ROWS, MR * k * sizeof(float)));
-    pack_rows(x + i * ldx, ldx, count, k, kept);
-    for (int64_t p = 0; p < count; ++p) drop_row(dropout, dropout.key(i + p), 0, k, kept + p * k);
-    project_rows<MR>(kept, k, count, ranks, g.r, k, scale, sums, r);
+    auto* sums = static_cast<float*>(scratch(SCRATCH_LOW_RANK, MR * g.r * sizeof(float)));
+    pack_rows(Lines<X>{x, ldx, &rows, i}, count, k, kept);
+    for (int64_t p = 0; p < count && dropout.on; ++p) drop_row(dropout, dropout.key(rows.at(i + p)), 0, k, kept + p * k);
+    project_rows<MR>(kept, k, count, ranks, g.r, k, scale, sums, g.r);
+    for (int64_t p = 0; p < count; ++p)
+      memcpy(out + rows.at(i + p) * r + g.rank, sums + p * g.r, g.r * sizeof(float));
   }
 }
 
 // An adapter matrix (rows, cols) to float.
 template <class L>
 inline void widen(const L* matrix, int64_t rows, int64_t cols, float* out) {
-  pack_rows(matrix, cols, rows, cols, out);
+  pack_rows(Lines<L>{matrix, cols, nullptr, 0}, rows, cols, out);
 }
 
 // Its transpose (cols, rows) in float.
@@ -111,7 +113,7 @@ inline void outer(const float* const* s, int64_t rank, const float* x, int64_t r
 
 // out = scale * s (m, r)^T drop(x) (m, columns), stored (r, columns), or (columns, r) when `transposed`.
 template <class X, class L>
-inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, const Segments& segments,
+inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, const Rows& all,
                              int64_t columns, float scale, const Dropout& dropout, bool transposed, L* out,
                              int threads) {
   constexpr int64_t WIDTH = 256, ROWS = 32, LD = WIDTH + 16;  // 17 cache lines apart: no two rows share a set
@@ -122,14 +124,14 @@ inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx,
     float* block = sums + r * LD;
     memset(sums, 0, (r + ROWS) * LD * sizeof(float));
     const int64_t cols = min64(WIDTH, columns - col);
-    for (const Segment& g : segments.spans)
-      for (int64_t first = 0; first < g.rows; first += ROWS) {
-        const int64_t rows = min64(ROWS, g.rows - first);
+    for (const Span& g : all.spans)
+      for (int64_t first = 0; first < g.count; first += ROWS) {
+        const int64_t rows = min64(ROWS, g.count - first);
         const float* lines[ROWS];
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t row = segments.at(g, first + i);
+          const int64_t row = all.at(g.first + first + i);
           lines[i] = s + row * r;
-          pack_rows(x + row * ldx + col, ldx, 1, cols, block + i * LD);
+          pack_rows(Lines<X>{x + col, ldx, nullptr, row}, 1, cols, block + i * LD);
           if (dropout.on) drop_row(dropout, dropout.key(row), col, cols, block + i * LD);
         }
         for (int64_t c = 0; c < cols; c += 2 * VW) {

@@ -52,22 +52,22 @@ inline bool all_finite(const float* values, int64_t count) {
 // The ranks of each span of `matrix` in pieces. By rank (r, length): piece p of rank j is row p * r + j.
 // Else (length, r): piece p of rank j is column p * r + j. `expand`: pieces 0, 0, 1, which meet S in pieces 0, 1, 0.
 template <class L>
-inline std::vector<Narrow> narrow(const Segments& segments, const L* matrix, int64_t r, int64_t length, bool by_rank, bool expand,
+inline std::vector<Narrow> narrow(const Rows& rows_of, const L* matrix, int64_t r, int64_t length, bool by_rank, bool expand,
                      int pieces, ScratchSlot slot, int threads) {
   std::vector<Narrow> out;
   int64_t total = 0;
-  for (const Segment& s : segments.spans) total += pieces * s.r * length;
+  for (const Span& s : rows_of.spans) total += pieces * s.r * length;
   bf16* to = static_cast<bf16*>(scratch(slot, total * sizeof(bf16)));
-  if (is_bf16<L> && segments.spans.size() == 1 && segments.spans[0].r == r)  // as it is
+  if (is_bf16<L> && rows_of.spans.size() == 1 && rows_of.spans[0].r == r)  // as it is
     return {{reinterpret_cast<const bf16*>(matrix), r}};
-  for (const Segment& s : segments.spans) {
+  for (const Span& s : rows_of.spans) {
     out.push_back({to, pieces * s.r});
     to += pieces * s.r * length;
   }
   const bool many = out.size() > 1, twice = expand && pieces == 3;
 #pragma omp parallel for num_threads(many ? threads : 1) schedule(static)
   for (size_t q = 0; q < out.size(); ++q) {
-    const Segment& s = segments.spans[q];
+    const Span& s = rows_of.spans[q];
     bf16* start = const_cast<bf16*>(out[q].data);
     const L* from = by_rank ? matrix + s.rank * length : matrix + s.rank;
     const int64_t rows = by_rank ? s.r : length, cols = by_rank ? length : s.r;
@@ -89,16 +89,16 @@ inline void drop_row(const Dropout& d, uint32_t key, int64_t col, int64_t count,
   }
 }
 
-// 32 or fewer rows of one segment.
+// The rows at 32 or fewer positions, of one span.
 struct Block {
-  int64_t row, count;
-  const Segment* segment;
+  int64_t position, count;
+  const Span* span;
 };
 
-inline std::vector<Block> blocks_of(const Segments& segments) {
+inline std::vector<Block> blocks_of(const Rows& rows) {
   std::vector<Block> out;
-  for (const Segment& g : segments.rows)
-    for (int64_t row = 0; row < g.rows && g.r; row += 32) out.push_back({g.row + row, min64(32, g.rows - row), &g});
+  for (const Span& g : rows.spans)
+    for (int64_t i = 0; i < g.count && g.r; i += 32) out.push_back({g.first + i, min64(32, g.count - i), &g});
   return out;
 }
 
@@ -107,7 +107,7 @@ inline std::vector<Block> blocks_of(const Segments& segments) {
 struct Projection {
   const bf16* x;
   int64_t ldx, length;
-  const Segments& segments;
+  const Rows& all;
   const std::vector<Narrow>& narrow;
   bool by_rank;
   int pieces;
@@ -135,16 +135,19 @@ inline void pack_narrow(const Projection& p, const Narrow& from, int64_t red, in
 inline void project_block(const Projection& p, const Block& b, const bf16* panel, int64_t red, int64_t depth,
                           bf16* rows, bf16* kept, float* sums, int64_t ld) {
   alignas(64) float tile[32 * 32];
-  const bf16* a = p.x + b.row * p.ldx + red;
+  const bf16* a = p.x + p.all.at(b.position) * p.ldx + red;
   int64_t lda = p.ldx;
+  Lines<bf16> lines{p.x + red, p.ldx, &p.all, b.position};
+  bool direct = in_place<bf16>(b.count, depth) && p.all.adjoin(b.position, b.count);
   if (p.dropout.on) {
     for (int64_t i = 0; i < b.count; ++i)
-      drop_row(p.dropout, p.dropout.key(b.row + i), red, depth, a + i * p.ldx, kept + i * depth);
+      drop_row(p.dropout, p.dropout.key(p.all.at(b.position + i)), red, depth, lines[i], kept + i * depth);
     a = kept, lda = depth;
+    lines = {kept, depth, nullptr, 0};
+    direct = in_place<bf16>(b.count, depth);
   }
-  const bool direct = in_place<bf16>(b.count, depth);
-  if (!direct) pack_rows(a, lda, b.count, depth, rows);
-  for (int64_t c = 0; c < p.pieces * b.segment->r; c += 32) {
+  if (!direct) pack_rows(lines, b.count, depth, rows);
+  for (int64_t c = 0; c < p.pieces * b.span->r; c += 32) {
     micro(direct ? a : rows, direct ? lda : PACKED, b.count, depth, panel + c * round_up(depth, 32), tile);
     for (int64_t i = 0; i < b.count; ++i)
       for (int64_t v = 0; v < 32; v += 16) {
@@ -156,31 +159,31 @@ inline void project_block(const Projection& p, const Block& b, const bf16* panel
 }
 
 inline void add_pieces(const Projection& p, const Block& b, const float* sums, int64_t ld) {
-  const Segment& g = *b.segment;
+  const Span& g = *b.span;
   const float scale = p.dropout.on ? p.scale * p.dropout.scale : p.scale;
   for (int64_t i = 0; i < b.count; ++i)
     for (int64_t j = 0; j < g.r; j += 16) {
       const int64_t count = min64(16, g.r - j);
       vf sum = vzero();
       for (int q = p.pieces - 1; q >= 0; --q) sum = sum + vload_part(sums + i * ld + q * g.r + j, count);
-      vstore_part(p.out + (b.row + i) * p.r + g.rank + j, vset(scale) * sum, count);
+      vstore_part(p.out + p.all.at(b.position + i) * p.r + g.rank + j, vset(scale) * sum, count);
     }
 }
 
 inline void project_tiles(const Projection& p, int64_t m, int threads) {
   const int64_t deepest = p.pieces == 1 ? 2048 : 512;
   int64_t widest = 0;
-  std::vector<Block> at;  // `row`: where each span's panel begins
+  std::vector<Row> at;  // where each span's panel begins
   int64_t total = 0;
   for (const Narrow& span : p.narrow) {
-    at.push_back({total, 0, nullptr});
+    at.push_back({total});
     total += round_up(span.width, 32) * deepest;
     widest = span.width > widest ? span.width : widest;
   }
   const int64_t ld = round_up(widest, 32), kept_sums = p.length > deepest ? m : 0;
   auto* panels = static_cast<bf16*>(scratch(SCRATCH_OPERAND, total * sizeof(bf16) + kept_sums * ld * sizeof(float)));
   float* all_sums = reinterpret_cast<float*>(panels + total);
-  const std::vector<Block> blocks = blocks_of(p.segments);
+  const std::vector<Block> blocks = blocks_of(p.all);
 #pragma omp parallel num_threads(threads)
   {
     MatrixUnit unit;
@@ -189,28 +192,28 @@ inline void project_tiles(const Projection& p, int64_t m, int threads) {
     auto* own = static_cast<float*>(scratch(SCRATCH_LOW_RANK, 32 * ld * sizeof(float)));
     for (int64_t red = 0; red < p.length; red += deepest) {
       const int64_t depth = min64(deepest, p.length - red);
-      for (size_t q = 0; q < at.size(); ++q) pack_narrow(p, p.narrow[q], red, depth, rows, panels + at[q].row);
+      for (size_t q = 0; q < at.size(); ++q) pack_narrow(p, p.narrow[q], red, depth, rows, panels + at[q].index);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (size_t i = 0; i < blocks.size(); ++i) {
-        float* sums = kept_sums ? all_sums + blocks[i].row * ld : own;
-        project_block(p, blocks[i], panels + at[blocks[i].segment->span].row, red, depth, rows, kept, sums, ld);
+        float* sums = kept_sums ? all_sums + blocks[i].position * ld : own;
+        project_block(p, blocks[i], panels + at[blocks[i].span->id].index, red, depth, rows, kept, sums, ld);
         if (red + depth == p.length) add_pieces(p, blocks[i], sums, ld);
       }
     }
   }
 }
 
-// S (m, r) as rows of bf16 for the epilogue: the ranks of a row's span in pieces 0, 1, 0 from column 0 on.
-inline void tile_rows_of(const Segments& segments, const float* s, int64_t m, int64_t r, float scale, int pieces,
+// S (m, r) as rows of bf16 for the epilogue, by position: the ranks of a row's span in pieces 0, 1, 0 from column 0 on.
+inline void tile_rows_of(const Rows& rows, const float* s, int64_t m, int64_t r, float scale, int pieces,
                          bf16* out, int64_t ld, int threads) {
   memset(out + m * ld, 0, 32 * ld * sizeof(bf16));  // read with the last rows
 #pragma omp parallel num_threads(m * r < FEW_PRODUCTS ? 1 : threads)
-  for (const Segment& g : segments.rows) {
+  for (const Span& g : rows.spans) {
 #pragma omp for schedule(static) nowait
-    for (int64_t i = g.row; i < g.row + g.rows; ++i) {
+    for (int64_t i = g.first; i < g.first + g.count; ++i) {
       bf16* line = out + i * ld;
-      split_rows(s + i * r + g.rank, r, 1, g.r, scale, pieces == 3 ? 2 : 1, line, ld, g.r, 1);
+      split_rows(s + rows.at(i) * r + g.rank, r, 1, g.r, scale, pieces == 3 ? 2 : 1, line, ld, g.r, 1);
       if (pieces == 3) memcpy(line + 2 * g.r, line, g.r * sizeof(bf16));
       memset(line + pieces * g.r, 0, (ld - pieces * g.r) * sizeof(bf16));
     }
@@ -219,15 +222,15 @@ inline void tile_rows_of(const Segments& segments, const float* s, int64_t m, in
 
 // s^T of one span's rows in pieces: row p * r + j is piece p of rank j, `ld` values long, zero beyond the rows.
 // Called by all threads of a parallel region.
-inline void transpose_split(const float* s, int64_t r, const Segments& all, const Segment& g, int pieces, bf16* out,
+inline void transpose_split(const float* s, int64_t r, const Rows& all, const Span& g, int pieces, bf16* out,
                             int64_t ld) {
 #pragma omp for schedule(static) nowait
   for (int64_t i = 0; i < ld; i += 16)
     for (int64_t j = 0; j < g.r; j += 16) {
-      const int64_t count = min64(16, g.r - j), left = g.rows - i;
+      const int64_t count = min64(16, g.r - j), left = g.count - i;
       __m512i lanes[16];
       for (int q = 0; q < 16; ++q)
-        lanes[q] = q < left ? _mm512_castps_si512(vload_part(s + all.at(g, i + q) * r + g.rank + j, count))
+        lanes[q] = q < left ? _mm512_castps_si512(vload_part(s + all.at(g.first + i + q) * r + g.rank + j, count))
                             : _mm512_setzero_si512();
       transpose16(lanes);
       for (int64_t q = 0; q < count; ++q)
@@ -237,14 +240,14 @@ inline void transpose_split(const float* s, int64_t r, const Segments& all, cons
 
 // Columns [col, col + cols) of x, rows [first, first + count) of a span, in pairs of rows as pack_panel_backward
 // leaves a weight.
-inline void pack_pairs(const bf16* x, int64_t ldx, const Segments& all, const Segment& g, int64_t first, int64_t count,
+inline void pack_pairs(const bf16* x, int64_t ldx, const Rows& all, const Span& g, int64_t first, int64_t count,
                        int64_t col, int64_t cols, const Dropout& dropout, bf16* rows, bf16* panel) {
   const int64_t stride = round_up(count, 32) * 16, width = round_up(cols, 16);
   for (int64_t r = 0; r < count; r += 32) {
     for (int64_t i = 0; i < 32; ++i) {
       bf16* line = rows + i * PANEL_COLUMNS;
       const int64_t filled = r + i < count ? cols : 0;
-      const int64_t row = filled ? all.at(g, first + r + i) : 0;
+      const int64_t row = filled ? all.at(g.first + first + r + i) : 0;
       if (filled && dropout.on)
         drop_row(dropout, dropout.key(row), col, cols, x + row * ldx + col, line);
       else if (filled)
@@ -273,7 +276,7 @@ inline void store_transposed(const float* sums, int64_t r, int64_t cols, float s
 
 // out = scale * s (m, r)^T drop(x) (m, columns), stored (r, columns), or (columns, r) when `transposed`.
 template <class L>
-inline void outer_tiles(const float* s, int64_t r, const bf16* x, int64_t ldx, const Segments& segments,
+inline void outer_tiles(const float* s, int64_t r, const bf16* x, int64_t ldx, const Rows& all,
                         int64_t columns, float scale, int pieces, const Dropout& dropout, bool transposed, L* out,
                         int threads) {
   constexpr int64_t WIDTH = PANEL_COLUMNS;
@@ -281,20 +284,20 @@ inline void outer_tiles(const float* s, int64_t r, const bf16* x, int64_t ldx, c
   if (dropout.on) scale *= dropout.scale;
   std::vector<Narrow> left;  // each span's s^T, a row `width` values long
   int64_t total = 0;
-  for (const Segment& g : segments.spans) {
-    left.push_back({nullptr, round_up(g.rows, 32)});
+  for (const Span& g : all.spans) {
+    left.push_back({nullptr, round_up(g.count, 32)});
     total += round_up(pieces * g.r, 32) * left.back().width;
   }
   const bf16* next = static_cast<bf16*>(scratch(SCRATCH_OPERAND, total * sizeof(bf16)));
   for (size_t q = 0; q < left.size(); ++q) {
     left[q].data = next;
-    next += round_up(pieces * segments.spans[q].r, 32) * left[q].width;
+    next += round_up(pieces * all.spans[q].r, 32) * left[q].width;
   }
   const int64_t width = min64(WIDTH, round_up((columns + 2 * threads - 1) / (2 * threads), 32));
 #pragma omp parallel num_threads(threads)
   {
     for (size_t q = 0; q < left.size(); ++q)
-      transpose_split(s, r, segments, segments.spans[q], pieces, const_cast<bf16*>(left[q].data), left[q].width);
+      transpose_split(s, r, all, all.spans[q], pieces, const_cast<bf16*>(left[q].data), left[q].width);
 #pragma omp barrier
     MatrixUnit unit;
     auto* rows = static_cast<bf16*>(scratch(SCRATCH_ROWS, 32 * WIDTH * sizeof(bf16)));
@@ -306,10 +309,10 @@ inline void outer_tiles(const float* s, int64_t r, const bf16* x, int64_t ldx, c
       const int64_t cols = min64(width, columns - col);
       memset(sums, 0, r * WIDTH * sizeof(float));
       for (size_t q = 0; q < left.size(); ++q) {
-        const Segment& g = segments.spans[q];
-        for (int64_t red = 0; red < g.rows && g.r; red += deepest) {
-          const int64_t depth = min64(deepest, g.rows - red), stride = round_up(depth, 32);
-          pack_pairs(x, ldx, segments, g, red, depth, col, cols, dropout, rows, panel);
+        const Span& g = all.spans[q];
+        for (int64_t red = 0; red < g.count && g.r; red += deepest) {
+          const int64_t depth = min64(deepest, g.count - red), stride = round_up(depth, 32);
+          pack_pairs(x, ldx, all, g, red, depth, col, cols, dropout, rows, panel);
           for (int64_t p = 0; p < pieces * g.r; p += 32) {
             const int64_t count = min64(32, pieces * g.r - p);
             for (int64_t c = 0; c < cols; c += 32) {

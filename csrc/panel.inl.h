@@ -4,7 +4,7 @@
 //          row of AMX tiles (32 reductions x 16 columns, 1 KiB each) as it stands
 //
 // pack_panel reads W[columns, reduction] (forward) or W[reduction, columns] (backward) and decodes each weight once.
-#include "segments.inl.h"
+#include "rows.inl.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -234,25 +234,36 @@ inline void pack_panel_backward(const fastlora_weight& w, int64_t col, int64_t c
 }
 #endif
 
+// `count` rows of a matrix, those at positions `first` on; `all` NULL: as they lie.
+template <class T>
+struct Lines {
+  const T* base;
+  int64_t ld;
+  const Rows* all;
+  int64_t first;
+  const T* operator[](int64_t i) const { return base + (all ? all->at(first + i) : first + i) * ld; }
+};
+
 // Rows of A to float, row-major with `depth` per row.
 template <class T>
-inline void pack_rows(const T* a, int64_t lda, int64_t rows, int64_t depth, float* out) {
+inline void pack_rows(const Lines<T>& a, int64_t rows, int64_t depth, float* out) {
   for (int64_t i = 0; i < rows; ++i, out += depth) {
-    const T* line = a + i * lda;
+    const T* line = a[i];
     int64_t k = 0;
     for (; k + VW <= depth; k += VW) vstore(out + k, vload(line + k));
     for (; k < depth; ++k) out[k] = to_float(line[k]);
   }
 }
 // Rows of A to tiles [16 rows][32 reductions], zero-padded: tile t of row block b at out + (b * steps + t) * 512.
-inline void pack_rows(const bf16* a, int64_t lda, int64_t rows, int64_t depth, bf16* out) {
+inline void pack_rows(const Lines<bf16>& a, int64_t rows, int64_t depth, bf16* out) {
   const int64_t steps = round_up(depth, 32) / 32, whole = depth / 32;
   for (int64_t i = 0; i < round_up(rows, 16); ++i) {
     bf16* line = out + (i / 16 * steps * 16 + i % 16) * 32;
-    int64_t filled = i < rows ? whole : 0;
-    for (int64_t t = 0; t < filled; ++t) memcpy(line + t * 512, a + i * lda + t * 32, 64);
+    const bf16* from = i < rows ? a[i] : nullptr;
+    const int64_t filled = from ? whole : 0;
+    for (int64_t t = 0; t < filled; ++t) memcpy(line + t * 512, from + t * 32, 64);
     for (int64_t t = filled; t < steps; ++t) memset(line + t * 512, 0, 64);
-    if (i < rows && depth % 32) memcpy(line + whole * 512, a + i * lda + whole * 32, (depth % 32) * sizeof(bf16));
+    if (from && depth % 32) memcpy(line + whole * 512, from + whole * 32, (depth % 32) * sizeof(bf16));
   }
 }
 

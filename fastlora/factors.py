@@ -1,16 +1,13 @@
 """What turns an adapter's parameters into the low-rank term that the fused op takes.
 
 LoHa's update is a low-rank product by Khatri–Rao factors, LoKr's by Kronecker factors or, where
-that costs more, two small matmuls beside the base; several adapters are one, side by side along the
-rank. All of it is plain torch and differentiable; nothing holds N x K numbers.
+that costs more, two small matmuls beside the base. All of it is differentiable, but for the norms
+of DoRA, and nothing holds N x K numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import torch
 from fastlora_kernels import native_products
@@ -21,7 +18,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.checks import wide_dtype
 from fastlora.kron import Factor, kron_product, rank_form
-from fastlora.ops.library import is_plain, no_autocast
+from fastlora.ops.library import no_autocast
 from fastlora.ops.products import column_products, kronecker, native_takes, row_products
 
 __all__ = [
@@ -29,8 +26,6 @@ __all__ = [
     "kron_factors",
     "kron_product",
     "row_norms",
-    "spans_of",
-    "stack_adapters",
 ]
 Pair = tuple[Tensor, Tensor]
 
@@ -136,67 +131,3 @@ def row_norms(
         own = ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
         total = squares.double() + 2 * update.scaling * cross + update.scaling**2 * own
         return total.clamp_min(0).sqrt().to(wide)
-
-
-def stack_adapters(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]
-) -> LowRank:
-    """Return several adapters as one update, side by side along the rank.
-
-    Args:
-        lora_A: (r_i, K) each, of one dtype.
-        lora_B: (N, r_i) each.
-        scaling: one factor each.
-
-    Returns:
-        The update; where the factors differ they are folded into B, which is float32 then.
-    """
-    A = torch.cat(tuple(lora_A), 0)  # (R, K)
-    B = torch.cat(tuple(lora_B), 1)  # (N, R)
-    if all(factor == scaling[0] for factor in scaling):
-        return LowRank(A, B, float(scaling[0]))
-    wide = wide_dtype(B.dtype)
-    ranks = tuple(a.shape[0] for a in lora_A)
-    factors = _constant(_per_rank, (tuple(map(float, scaling)), ranks), B.device, wide)
-    return LowRank(A.to(wide), B.to(wide) * factors, 1.0)
-
-
-def spans_of(ranks: Sequence[int], adapter_ids: Tensor) -> Tensor:
-    """Return the ranks that each row has in the update of `stack_adapters`.
-
-    Args:
-        ranks: the rank of each adapter.
-        adapter_ids: (M,) integers, the adapter of each row; -1: none.
-
-    Returns:
-        (M, 2) int32.
-    """
-    table = _constant(_edges, (tuple(ranks),), adapter_ids.device, torch.int32)
-    return table.index_select(0, adapter_ids + 1)
-
-
-def _per_rank(scaling: tuple[float, ...], ranks: tuple[int, ...]) -> list[float]:
-    return [factor for factor, r in zip(scaling, ranks, strict=True) for _ in range(r)]
-
-
-def _edges(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return first and last rank of "no adapter", which has none, and of each adapter."""
-    ends = list(accumulate(ranks))
-    return [(0, 0), *((end - r, end) for r, end in zip(ranks, ends, strict=True))]
-
-
-def _constant(
-    make: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return ``torch.tensor(make(*given))``, kept between calls unless a graph is being traced."""
-    if is_plain():
-        return _kept(make, given, device, dtype)
-    return torch.tensor(make(*given), device=device, dtype=dtype)
-
-
-@lru_cache(maxsize=256)
-def _kept(
-    make: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(make(*given), device=device, dtype=dtype)

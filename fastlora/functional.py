@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.checks import low_rank, wide_dtype
-from fastlora.factors import row_norms, spans_of, stack_adapters
+from fastlora.factors import row_norms
+from fastlora.multi import grouping, permuted, spans_of, stack_adapters
 from fastlora.operands import (
     Weight,
     as_stored,
@@ -21,6 +22,7 @@ from fastlora.operands import (
     with_dropout,
 )
 from fastlora.ops.library import activation_dtype
+from fastlora.weight_checks import weight_shape
 
 
 def lora_linear(
@@ -135,7 +137,8 @@ def multi_lora_linear(
     """Return ``x W^T + bias + scaling_i (x A_i^T) B_i^T``, the adapter i being that of each row.
 
     All adapters are one update side by side along the rank, of which each row has its own part: one
-    call, however many adapters there are, for training as well.
+    call, however many adapters there are, for training as well. Rows are brought into the order of
+    their adapters and back where they are not in groups already.
 
     Args:
         x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference").
@@ -170,9 +173,16 @@ def multi_lora_linear(
     operands |= {f"lora_B[{i}]": (b, (n, ranks[i])) for i, b in enumerate(lora_B)}
     check_factors(operands, x, activation_dtype(x))
     check_ids(adapter_ids, x, len(lora_A))
+    weight_shape(stored, x.shape[-1])  # x has the weight's K columns
     update = stack_adapters(lora_A, lora_B, scaling)
-    spans = spans_of(ranks, adapter_ids.reshape(-1))  # one per id
+    ids = adapter_ids.reshape(-1)
     each = math.prod(x.shape[adapter_ids.dim() : -1])  # rows of x that share an id
-    if each != 1:
-        spans = spans.repeat_interleave(each, 0, output_size=spans.shape[0] * each)
-    return ops.linear(x, stored, bias, update._replace(spans=spans), backend)
+    order = grouping(ids, each, len(lora_A))
+    if order is None:
+        spans = spans_of(ranks, ids, each)
+        return ops.linear(x, stored, bias, update._replace(spans=spans), backend)
+    back = order.argsort()
+    blocks = permuted(x.reshape(-1, each, k), order, back)
+    spans = spans_of(ranks, ids.index_select(0, order), each)
+    y = ops.linear(blocks, stored, bias, update._replace(spans=spans), backend)
+    return permuted(y, back, order).view(*x.shape[:-1], n)

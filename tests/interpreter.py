@@ -3,14 +3,15 @@
 The interpreter (triton 3.4 to 3.9) keeps bfloat16 as raw 16-bit patterns and lets numpy compute on
 those, so that products, sums and comparisons are silently wrong, and it truncates float32 to
 bfloat16 instead of rounding. `install` makes every such operation decode to float32, compute, and
-round to nearest even, as a GPU does.
+round to nearest even, as a GPU does. Instructions that a kernel writes by hand, which the
+interpreter refuses, run in the model of `tests.ptx`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -47,6 +48,7 @@ def prepare() -> None:
     try:
         import_module("triton.experimental.gluon")  # triton imports it at the first launch
         import_module("fastlora_kernels.lora_linear")
+        import_module("fastlora_kernels.columns")
         install()
     finally:
         if before is None:
@@ -80,6 +82,7 @@ def install() -> None:
     _patch_arithmetic(builder, interpreter.TensorHandle, tl)
     _patch_casts(builder, interpreter.TensorHandle, tl)
     _patch_reductions(interpreter.ReduceOps, interpreter.TensorHandle, tl)
+    _patch_inline_asm(builder, interpreter.TensorHandle, tl)
     builder.fastlora_bf16 = True
 
 
@@ -166,3 +169,30 @@ def _patch_reductions(reduce_ops: Any, handle: Any, tl: Any) -> None:
 
     for name in ("sum", "min_max"):
         setattr(reduce_ops, name, wrap(getattr(reduce_ops, name)))
+
+
+def _patch_inline_asm(builder: Any, handle: Any, tl: Any) -> None:
+    """Run hand-written instructions on 32-bit elements, one element at a time."""
+    from tests import ptx
+
+    class Call:
+        def __init__(self, results: list[Any]) -> None:
+            self.results = results
+
+        def get_result(self, i: int) -> Any:
+            return self.results[i]
+
+    def create_inline_asm(
+        self: Any,
+        text: str,
+        constraints: str,
+        values: Sequence[Any],
+        types: Sequence[Any],
+        pure: bool,
+        pack: int,
+    ) -> Call:
+        assert pack == 1 and all(kind.scalar == tl.int32 for kind in types)
+        results = ptx.run(text, [value.data for value in values], len(types))
+        return Call([handle(bits.view(np.int32), tl.int32) for bits in results])
+
+    builder.create_inline_asm = create_inline_asm

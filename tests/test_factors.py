@@ -13,10 +13,9 @@ from fastlora.factors import (
     kron_factors,
     kron_product,
     row_norms,
-    spans_of,
-    stack_adapters,
 )
 from fastlora.kron import Factor, best_order, rank_form
+from fastlora.multi import grouping, permuted, spans_of, stack_adapters
 from tests.ops_cases import FORMATS, make
 
 Shape = tuple[int, int]
@@ -188,3 +187,22 @@ def test_constants_of_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         run()
     run().backward()
+
+
+def test_grouping_of_ids() -> None:
+    mixed = torch.tensor([2, 0, 2, -1, 0, 2, 1, 0])
+    order = grouping(mixed, 1, 3)
+    assert order is not None and mixed[order].tolist() == [-1, 0, 0, 0, 1, 2, 2, 2]
+    assert order.tolist() == [3, 1, 4, 7, 6, 0, 2, 5]  # as they come, within an adapter
+    assert grouping(mixed[order], 1, 3) is None
+    assert grouping(mixed, 64, 3) is None  # blocks of rows as they are
+    assert grouping(mixed[:1], 1, 3) is None and grouping(mixed, 0, 3) is None
+
+
+def test_permuting_there_and_back() -> None:
+    x, order = normal(8, 2, 3), torch.randperm(8)
+    back = order.argsort()
+    there = permuted(x, order, back)
+    assert torch.equal(there, x[order])
+    assert torch.equal(permuted(there, back, order), x)
+    assert torch.autograd.gradcheck(lambda x: permuted(x, order, back), (x,))

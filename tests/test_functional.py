@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import fastlora
 from fastlora import QuantizedWeight
-from fastlora.factors import stack_adapters
 from fastlora.kron import Factor
+from fastlora.multi import stack_adapters
 from tests import contract
 from tests.ops_cases import (
     DTYPES,

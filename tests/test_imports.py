@@ -19,7 +19,7 @@ LAYERS = [
     ["bnb_format", "bnb_live", "quant", "backends"],
     ["weight_checks", "dispatch", "checks"],
     ["ops"],
-    ["kron", "factors", "operands", "functional", "products"],
+    ["kron", "factors", "multi", "operands", "functional", "products"],
     ["adapters"],
     ["config", "layers"],
     ["sharing", "fuse", "plan", "patch", "report"],

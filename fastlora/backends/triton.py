@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fastlora_kernels.formats import StoredWeight
+    from fastlora_kernels.low_rank import LowRank
 
     from fastlora.dispatch import Problem
 
@@ -44,23 +45,20 @@ def why_not(problem: Problem) -> str | None:
         return f"runs on cuda tensors, got {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if problem.adapter_dtype not in (None, torch.float32, problem.dtype):
+        return f"takes adapters of float32 or {problem.dtype}, got {problem.adapter_dtype}"
     if problem.m >= 2**31 or problem.n >= 2**31 or problem.k >= 2**31:
         return "takes dimensions below 2**31"
     return None
 
 
 def lora_linear(
-    x: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y = x W^T + bias + scaling (x A^T) B^T`` (M, N) and ``s = x A^T`` (M, r)."""
+    """See `fastlora.backends.reference.lora_linear`."""
     from fastlora_kernels import lora_linear as kernels
 
-    return kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+    return kernels.lora_linear(x, weight, bias, update)
 
 
 def lora_linear_backward(
@@ -68,22 +66,48 @@ def lora_linear_backward(
     x: Tensor | None,
     s: Tensor | None,
     weight: StoredWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
+    update: LowRank | None,
     need_dx: bool,
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients dx (M, K), dA (r, K), dB (N, r); those not needed have no elements."""
+    """See `fastlora.backends.reference.lora_linear_backward`."""
     from fastlora_kernels import lora_linear as kernels
 
-    return kernels.lora_linear_backward(
-        dy, x, s, weight, lora_A, lora_B, scaling, need_dx, need_dlora
-    )
+    return kernels.lora_linear_backward(dy, x, s, weight, update, need_dx, need_dlora)
+
+
+def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
+    """See `fastlora.backends.reference.weight_dots`."""
+    from fastlora_kernels import columns
+
+    return columns.weight_dots(a, weight, n, dtype)
+
+
+def weight_squares(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """See `fastlora.backends.reference.weight_squares`."""
+    from fastlora_kernels import columns
+
+    return columns.weight_squares(weight, n, k, dtype)
+
+
+def scale_columns(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See `fastlora.backends.reference.scale_columns`."""
+    from fastlora_kernels import columns
+
+    return columns.scale_columns(z, scale, bias)
+
+
+def scale_columns_backward(
+    dy: Tensor, z: Tensor | None, scale: Tensor, need_dz: bool, need_dscale: bool
+) -> tuple[Tensor, Tensor]:
+    """See `fastlora.backends.reference.scale_columns_backward`."""
+    from fastlora_kernels import columns
+
+    return columns.scale_columns_backward(dy, z, scale, need_dz, need_dscale)
 
 
 def dequantize(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return the dense (n, k) matrix of a stored weight."""
+    """See `fastlora.backends.reference.dequantize`."""
     from fastlora_kernels.dequantize import dequantize as launch
 
     return launch(weight, n, k, dtype)

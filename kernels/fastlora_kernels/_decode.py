@@ -87,7 +87,7 @@ def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def pair(absmax, FIRST: tl.constexpr, SECOND: tl.constexpr, DTYPE: tl.constexpr):
     """Return the rounded products of two code values as one int32."""
-    ASM: tl.constexpr = PAIR_BF16 if DTYPE == tl.bfloat16 else PAIR_FP16
+    ASM: tl.constexpr = PAIR_BF16 if tl.bfloat16 == DTYPE else PAIR_FP16
     both = [absmax * FIRST, absmax * SECOND]
     return tl.inline_asm_elementwise(ASM, "=r,f,f", both, dtype=tl.int32, is_pure=True, pack=1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +22,31 @@ PROGRAMS_PER_UNIT = 4  # resident programs that hide memory latency on one multi
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which Triton launches on the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
+_scratch_lock = Lock()
+
+
+@contextmanager
+def scratch(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Lend (n, k) memory for what one stream writes and reads before the context ends.
+
+    On a GPU it is one buffer per stream, as large as the largest request so far, so that the dense
+    weights of a model follow each other in the same memory. The lock keeps two threads of one
+    stream from interleaving their launches.
+    """
+    if device.type != "cuda":
+        yield torch.empty(n, k, dtype=dtype, device=device)
+        return
+    size = n * k * dtype.itemsize
+    with _scratch_lock:
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        buffer = _scratch.get(key)
+        if buffer is None or buffer.numel() < size:
+            _scratch.pop(key, None)
+            buffer = _scratch[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        yield buffer[:size].view(dtype).view(n, k)
 
 
 @cache
@@ -39,11 +66,11 @@ def split_reduction(tiles: int, length: int, block: int, device: torch.device) -
         block: terms per step; `span` is a multiple of it.
         device: where it runs; the same device always gives the same answer.
     """
-    steps = -(-length // block)
+    steps = max(-(-length // block), 1)
     wanted = PROGRAMS_PER_UNIT * _multiprocessors(device) // max(tiles, 1)
     parts = min(max(wanted, 1), max(steps // 4, 1), 32)  # at least 4 steps each
     span = -(-steps // parts) * block
-    return -(-length // span), span
+    return max(-(-length // span), 1), span
 
 
 def stored_arguments(weight: StoredWeight) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -20,6 +22,9 @@ GROUP = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}  # archs that sh
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)  # upper bounds of the table's rows
 DIRECTIONS = ("forward", "backward")
 LARGEST_TILE = 128
+NARROWEST = 32  # columns of a tile, for one of which a row has one absmax: the smallest block size
+INTERPRETER = "interpreter"
+_assumed: list[str] = []
 
 
 class Tile(NamedTuple):
@@ -213,13 +218,9 @@ def default_table(arch: str, direction: str) -> Table:
 
 
 @cache
-def arch_of(device: torch.device) -> str:
-    """Return the architecture whose table a device uses; "interpreter" for CPU tensors.
-
-    An architecture that has no table uses that of the newest older one.
-    """
+def _query(device: torch.device) -> str:
     if device.type != "cuda":
-        return "interpreter"
+        return INTERPRETER
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -228,10 +229,28 @@ def arch_of(device: torch.device) -> str:
     return older[-1] if older else "sm_80"
 
 
+def arch_of(device: torch.device) -> str:
+    """Return the architecture whose table a device uses; "interpreter" for CPU tensors.
+
+    An architecture that has no table uses that of the newest older one.
+    """
+    return _assumed[-1] if _assumed else _query(device)
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Take every device for one of this architecture, to compile for it or to test its way."""
+    _assumed.append(arch)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
 def decoder(device: torch.device, dtype: torch.dtype) -> str:
     """Return how whole words of a weight are decoded to `dtype` on a device: see `_decode`."""
     arch = arch_of(device)
-    if dtype == torch.float32 or arch == "interpreter":
+    if dtype == torch.float32 or arch == INTERPRETER:
         return "gather"
     return CHIPS[arch].decode
 
@@ -241,19 +260,21 @@ def order(device: torch.device, decode: str, nested: bool) -> str:
     return CHIPS[arch_of(device)].order[nested] if decode == "prmt" else "natural"
 
 
-@cache
+def ragged(k: int) -> bool:
+    """Return whether tiles of a weight with k columns straddle bytes or blocks."""
+    return k % NARROWEST != 0
+
+
 def table(device: torch.device, direction: str) -> Table:
     """Return the table of a device for 16-bit tokens: the tuned one, or else the default."""
     arch = arch_of(device)
-    if arch == "interpreter":
-        return default_table("sm_90", direction)
-    if os.environ.get("FASTLORA_TUNE") != "off" and device.type == "cuda":
+    if device.type == "cuda" and not _assumed and os.environ.get("FASTLORA_TUNE") != "off":
         from fastlora_kernels import tuned
 
         found = tuned.load(device)
         if found is not None:
             return found[direction]
-    return default_table(arch, direction)
+    return default_table("sm_90" if arch == INTERPRETER else arch, direction)
 
 
 def row(rows: Table, m: int) -> Plan:
@@ -262,18 +283,29 @@ def row(rows: Table, m: int) -> Plan:
     return rows[at][1] if at < len(rows) else DENSE
 
 
-def plan(device: torch.device, dtype: torch.dtype, m: int, direction: str, ragged: bool) -> Plan:
-    """Return what runs for m tokens of a dtype.
+def plan(device: torch.device, dtype: torch.dtype, m: int, direction: str, k: int) -> Plan:
+    """Return what runs for m tokens.
 
     Args:
         device: of the tokens.
         dtype: of the tokens.
         m: tokens.
         direction: "forward" or "backward".
-        ragged: rows of the weight share bytes or blocks.
+        k: columns of the weight.
     """
-    if ragged:
+    if ragged(k):
         return row(RAGGED_TABLE, m)
     if dtype == torch.float32:
         return row(FLOAT32_TABLE[direction], m)
     return row(table(device, direction), m)
+
+
+def fused_plan(device: torch.device, dtype: torch.dtype, m: int, k: int) -> Plan:
+    """Return the forward "mma" plan for m tokens, at most the largest tile, whatever it costs."""
+    if ragged(k):
+        return Plan("mma", RAGGED)
+    if dtype == torch.float32:
+        return Plan("mma", FLOAT32)
+    arch = arch_of(device)
+    found = tiles("sm_90" if arch == INTERPRETER else arch, "forward")
+    return Plan("mma", next(tile for tile in found if tile.block_m >= min(m, LARGEST_TILE)))
