@@ -125,10 +125,14 @@ void kron_backward(int64_t a, int64_t b, int64_t c, int64_t d, const T* g, const
     for (int64_t p = 0; p < c; ++p)
       for (int64_t q = 0; q < d; q += VW) {
         const int64_t count = min64(VW, d - q);
-        vf sum = vzero();
-        for (int64_t e = 0; e < a * b; ++e)
-          sum = vfma(vset(to_float(u[e])), vload_part(g + ((e / b * c + p) * b + e % b) * d + q, count), sum);
-        vstore_part(dv + p * d + q, sum, count);
+        vf total = vzero();
+        for (int64_t run = 0; run < a * b; run += 8) {  // short sums, which keep the rounding errors small
+          vf sum = vzero();
+          for (int64_t e = run; e < min64(run + 8, a * b); ++e)
+            sum = vfma(vset(to_float(u[e])), vload_part(g + ((e / b * c + p) * b + e % b) * d + q, count), sum);
+          total = total + sum;
+        }
+        vstore_part(dv + p * d + q, total, count);
       }
   }
 }

@@ -7,7 +7,7 @@ import torch
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
-from fastlora import ops
+from fastlora import factors, ops
 from fastlora.factors import (
     hada_factors,
     kron_factors,
@@ -124,6 +124,14 @@ def test_the_order_of_the_vec_trick_is_the_cheapest() -> None:
     assert best_order(normal(2, 50), w2)[1] == (0, 1, 1)
 
 
+@pytest.fixture(params=["native", "torch"])
+def last_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What puts the sums of `row_norms` together: the C++ library, or torch as on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(factors, "native_takes", lambda *tensors: False)
+
+
+@pytest.mark.usefixtures("last_step")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_row_norms(format: str, size: float, backend: str) -> None:
@@ -143,6 +151,16 @@ def test_row_norms(format: str, size: float, backend: str) -> None:
         assert error.max() <= 2 * usual.max() + 2**-24
 
 
+def test_row_norms_in_float64() -> None:
+    case = make(1, 9, 32, 3, torch.float64, "dense")
+    update = LowRank(case.lora_A.double(), case.lora_B.double(), 0.7)
+    squares = ops.weight_squares(case.weight, 9, 32, torch.float64, "reference")
+    norms = row_norms(case.weight, 9, 32, squares, update, torch.float64, "reference")
+    exact = (case.dense() + 0.7 * update.B @ update.A).norm(dim=1)
+    torch.testing.assert_close(norms, exact, rtol=1e-14, atol=0)
+
+
+@pytest.mark.usefixtures("last_step")
 def test_row_norms_where_the_update_cancels_the_weight() -> None:
     """Of a row that vanishes nothing is left but rounding: small, and not NaN."""
     case = make(1, 6, 32, 6, torch.float32, "dense")

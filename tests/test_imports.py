@@ -9,11 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from fastlora_kernels import native
 
 import fastlora
 
 PACKAGE = Path(str(files(fastlora)))
-KERNELS = Path(str(files("fastlora_kernels")))
+KERNELS = Path(native.__file__).parent
 # Lowest first: a module imports only from its own layer or from those before it.
 LAYERS = [
     ["bnb_format", "bnb_live", "quant", "backends"],

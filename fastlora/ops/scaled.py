@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlora.ops import columns
 from fastlora.ops.library import activation_dtype, bias_gradient, refuse_double
-from fastlora.ops.linear import WEIGHT_GRAD, backward_parts, forward_parts
+from fastlora.ops.lora_linear import WEIGHT_GRAD, backward_parts, forward_parts
 
 
 class _ScaledLinear(torch.autograd.Function):

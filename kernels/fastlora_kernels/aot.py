@@ -47,6 +47,7 @@ class Arch:
 
 
 MMA = r"mma\.sync"
+FUSED = r"fma\.rn\.f32|v_(?:fma|fmac|mac|mad)_f32"
 WGMMA, TCGEN05 = MMA + r"|wgmma\.mma_async", MMA + r"|tcgen05\.mma"
 ARCHS = {
     "sm_80": Arch("cuda", 80, 32, 166912, MMA),
@@ -167,7 +168,7 @@ def inspect(case: Case, arch: str) -> Report:
         problems.append(f"needs {report.shared} bytes of shared memory, has {spec.shared}")
     if case.wants_matrix and not report.matrix:
         problems.append("has no matrix instruction")
-    if case.no_fma and re.search(r"fma\.rn\.f32|v_fma|v_mac_f32", _assembly(compiled)):
+    if case.no_fma and re.search(FUSED, _assembly(compiled)):
         problems.append("fuses a product and a sum that must round apart")
     report.problem = "; ".join(problems)
     return report
@@ -176,7 +177,7 @@ def inspect(case: Case, arch: str) -> Report:
 def inspect_all(arch: str, scope: str) -> list[Report]:
     """Return what the compiler makes of every case on one architecture."""
     _skip_missing_linker()
-    return [inspect(case, arch) for case in cases(scope)]
+    return [inspect(case, arch) for case in cases(arch, scope)]
 
 
 def _assembly(compiled: Any) -> str:

@@ -1,30 +1,43 @@
 """The kernel variants that `fastlora_kernels.aot` compiles: what the launchers launch.
 
-Each launcher runs on CPU tensors with its kernels replaced by recorders, so that a case has the
-very arguments and options of a launch.
+Each launcher runs on CPU tensors, taken for those of an architecture, with its kernels replaced by
+recorders, so that a case has the very arguments and options of a launch.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora_kernels import dequantize as dequantize_module
-from fastlora_kernels import lora_linear as linear_module
+from fastlora_kernels import columns, dequantize, fused, lora_linear, low_rank_products, regimes
 from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.low_rank import LowRank
+from fastlora_kernels.low_rank_products import Masks
 
-N, K, RANK = 1024, 2048, 16
+N, K, RANK, MANY = 1024, 2048, 16, 256
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MATRIX = ("linear_fwd", "bwd_dx", "first", "finish", "gradient", "both")
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with the arguments of one launch."""
+    """One kernel with the arguments of one launch.
+
+    Attributes:
+        kernel: the kernel.
+        variant: what distinguishes it from the kernel's other cases.
+        arguments: of the launch.
+        options: constants and compiler options of the launch.
+        wants_matrix: it must have matrix instructions.
+        no_fma: it must not fuse a product and a sum.
+    """
 
     kernel: Any
     variant: str
@@ -33,11 +46,21 @@ class Case:
     wants_matrix: bool
     no_fma: bool
 
+    @property
+    def weights(self) -> int:
+        """Weights that a program decodes in one turn of its main loop; 0 for none."""
+        options = self.options
+        if "DECODE" not in options:
+            return 0
+        if "BLOCK_O" in options:
+            return int(options["BLOCK_O"] * options["BLOCK_I"])
+        return int(options["ROWS"] * options.get("COLS", 1 << options["LOG_BLOCK"]))
+
 
 class _Recorder:
     """Takes a kernel's place in a launcher and keeps its arguments instead of running it."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
+    def __init__(self, kernel: Any, launches: list[Launch]):
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: Any) -> Any:
@@ -48,11 +71,11 @@ class _Recorder:
 
 
 @contextmanager
-def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+def _recording() -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
     saved = [
         (module, name, value)
-        for module in (linear_module, dequantize_module)
+        for module in (columns, dequantize, fused, low_rank_products)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -65,91 +88,150 @@ def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
             setattr(module, name, kernel)
 
 
+def _cases(variant: str, run: Callable[[], object], matrix: bool = True) -> Iterator[Case]:
+    """Yield the launches of `run`, each kernel once; `matrix`: where it has a use for them."""
+    with _recording() as launches:
+        run()
+    seen = set()
+    for kernel, arguments, options in launches:
+        name = kernel.__name__.removesuffix("_kernel")
+        if name not in seen:
+            seen.add(name)
+            low = options.get("HAS_LOW", True)
+            wants = matrix and low and name.endswith(MATRIX)
+            yield Case(kernel, variant, arguments, options, wants, "dequantize" in name)
+
+
 def _stored(n: int, k: int, nested: bool, blocksize: int = 64) -> StoredWeight:
     blocks = -(-n * k // blocksize)
-    absmax = torch.zeros(blocks, dtype=torch.uint8 if nested else torch.float32)
+    absmax = torch.zeros(blocks, dtype=torch.uint8 if nested else FP32)
     outer = torch.zeros(-(-blocks // 256)) if nested else None
+    offset = torch.zeros(1) if nested else None
     shape = (n, k // 2) if k % 2 == 0 else ((n * k + 1) // 2, 1)
     data = torch.zeros(shape, dtype=torch.uint8)
-    return StoredWeight(data, absmax, outer, 0.25 if nested else 0.0, "nf4", blocksize)
+    return StoredWeight(data, absmax, outer, offset, "nf4", blocksize)
 
 
-def _linear_launches(
-    m: int, dtype: torch.dtype, adapter: torch.dtype, weight: StoredWeight, n: int, k: int
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    a, b = zeros(RANK, k, dtype=adapter), zeros(n, RANK, dtype=adapter)
-    x, dy = zeros(m, k, dtype=dtype), zeros(m, n, dtype=dtype)
-    bias = zeros(n, dtype=dtype)
-    with _recording() as launches:
-        linear_module.lora_linear(x, weight, bias, a, b, 0.5)
-        linear_module.lora_linear_backward(dy, x, None, weight, a, b, 0.5, True, False)
-    return launches
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype)[6:].replace("float", "f")
 
 
-def _linear_cases(
-    m: int, dtype: torch.dtype, adapter: torch.dtype, nested: bool, ragged: bool
+def _linear(
+    m: int,
+    dtype: torch.dtype = BF16,
+    adapter: torch.dtype = BF16,
+    nested: bool = True,
+    ragged: bool = False,
+    rank: int = RANK,
+    masked: bool = False,
 ) -> Iterator[Case]:
+    """Yield the kernels of both directions for m tokens; masked: dropout and spans."""
     n, k = (N + 1, K + 1) if ragged else (N, K)
     weight = _stored(n, k, nested)
-    for kernel, arguments, options in _linear_launches(m, dtype, adapter, weight, n, k):
-        kinds = [str(kind)[6:].replace("float", "f") for kind in (dtype, adapter)]
-        name = f"M<={m} {kinds[0]} adapter {kinds[1]}"
-        name += (" nested" if nested else "") + (" ragged" if ragged else "")
-        yield Case(kernel, name, arguments, options, dtype != torch.float32, False)
+    a, b = torch.zeros(rank, k, dtype=adapter), torch.zeros(n, rank, dtype=adapter)
+    seed = torch.zeros(1, dtype=torch.int64) if masked else None
+    spans = torch.zeros(m, 2, dtype=torch.int32) if masked else None
+    update = LowRank(a, b, 0.5, 0.25 if masked else 0.0, seed, spans)
+    x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, n, dtype=dtype)
+
+    def run() -> None:
+        _, s = lora_linear.lora_linear(x, weight, torch.zeros(n, dtype=dtype), update)
+        lora_linear.lora_linear_backward(dy, x, s, weight, update, True, True)
+
+    name = f"M={m} {_short(dtype)} adapter {_short(adapter)}" + (" nested" if nested else "")
+    name += (" ragged" if ragged else "") + (" masked" if masked else "")
+    name += f" R={rank}" if rank != RANK else ""
+    yield from _cases(name, run, dtype != FP32)
 
 
-def _dequantize_cases(quick: bool) -> Iterator[Case]:
-    kinds = ((torch.bfloat16, 64),) if quick else ((torch.bfloat16, 64), (torch.float32, 4096))
-    for dtype, blocksize in kinds:
-        weight = _stored(N, K, True, blocksize)
-        with _recording() as launches:
-            dequantize_module.dequantize(weight, N, K, dtype)
-        kernel, arguments, options = launches[0]
-        name = f"{str(dtype)[6:].replace('float', 'f')} nested blocks of {blocksize}"
-        yield Case(kernel, name, arguments, options, False, True)
+def _gemv(dtype: torch.dtype, nested: bool) -> Iterator[Case]:
+    x, a = torch.zeros(1, K, dtype=dtype), torch.zeros(RANK, K, dtype=dtype)
+    weight, plan = _stored(N, K, nested), regimes.Plan("gemv", regimes.GEMV)
+
+    def run() -> object:
+        return fused.partial_product(plan, x, weight, N, K, dtype, a, Masks(), True)
+
+    yield from _cases(f"{_short(dtype)}" + (" nested" if nested else ""), run, False)
 
 
-def _all_linear_cases() -> Iterator[Case]:
-    """Yield every tile with every combination of dtypes, absmax and alignment."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for m in linear_module.TILES_16BIT if dtype != torch.float32 else (16,):
-            for adapter in {dtype, torch.float32}:
-                for nested in (False, True):
-                    yield from _linear_cases(m, dtype, adapter, nested, False)
-                    if m == 16:
-                        yield from _linear_cases(m, dtype, adapter, nested, True)
+def _dequantize(dtype: torch.dtype, blocksize: int) -> Iterator[Case]:
+    weight = _stored(N, K, True, blocksize)
+    name = f"{_short(dtype)} nested blocks of {blocksize}"
+    yield from _cases(name, lambda: dequantize.dequantize(weight, N, K, dtype))
 
 
-def _some_linear_cases() -> Iterator[Case]:
+def _columns(dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the kernels of DoRA."""
+    z, scale, weight = torch.zeros(MANY, N, dtype=dtype), torch.zeros(N), _stored(N, K, True)
+
+    def run() -> None:
+        columns.scale_columns(z, scale, torch.zeros(N, dtype=dtype))
+        columns.scale_columns_backward(z, z, scale, True, True)
+        columns.weight_squares(weight, N, K, dtype)
+
+    yield from _cases(_short(dtype), run)
+    a = torch.zeros(RANK, K)
+    name = f"dots {_short(dtype)} a f32 nested"
+    yield from _cases(name, partial(columns.weight_dots, a, weight, N, dtype), dtype != FP32)
+
+
+def _quick() -> Iterator[Case]:
+    """Yield the most demanding variant of every kernel."""
+    yield from _dequantize(BF16, 64)
+    yield from _linear(128, BF16, FP32)
+    yield from _linear(MANY, FP16, FP32, masked=True)
+    yield from _linear(MANY, BF16, FP32, rank=64)
+    yield from _gemv(BF16, True)
+    yield from _columns(BF16)
+
+
+def _default() -> Iterator[Case]:
     """Yield every tile once, and every other property at least once."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for m in (16, 32, 64):
-        yield from _linear_cases(m, bf16, bf16, True, False)
-    yield from _linear_cases(64, fp16, fp32, False, False)
-    yield from _linear_cases(128, fp16, fp16, False, False)
-    yield from _linear_cases(16, bf16, bf16, True, True)
-    yield from _linear_cases(16, fp32, fp32, True, False)
+    yield from _quick()
+    yield from _dequantize(FP32, 4096)
+    for m in (1, 8, 16, 32, 64):
+        yield from _linear(m)
+    yield from _linear(16, FP16, FP32, False, masked=True)
+    yield from _linear(16, BF16, BF16, True, True)
+    yield from _linear(16, FP32, FP32)
+    yield from _linear(1, FP32, FP32, rank=1)
+    yield from _linear(MANY, FP32, FP32, rank=64)
 
 
-def _distinct(found: Iterator[Case]) -> Iterator[Case]:
-    """Drop the finishing kernels that differ in nothing but the number of tokens."""
-    seen: set[tuple[str, str]] = set()
-    for case in found:
-        key = (case.kernel.__name__, re.sub(r"M<=\d+ | nested", "", case.variant))
-        if "finish" not in key[0] or key not in seen:
-            yield case
-        seen.add(key)
+def _full() -> Iterator[Case]:
+    """Yield every tile with every combination of dtypes, absmax and alignment."""
+    yield from _default()
+    for dtype in (BF16, FP16):
+        yield from _columns(dtype)
+        yield from _gemv(dtype, False)
+        for m in (1, 8, 16, 32, 64, 128, MANY):
+            for adapter in (dtype, FP32):
+                for nested in (False, True):
+                    yield from _linear(m, dtype, adapter, nested)
+            yield from _linear(m, dtype, FP32, True, masked=True)
+        yield from _linear(16, dtype, FP32, False, True)
+    yield from _columns(FP32)
 
 
-def cases(scope: str = "default") -> Iterator[Case]:
-    """Yield the variants of a scope: "quick" (the most demanding), "default" or "full"."""
-    yield from _dequantize_cases(scope == "quick")
-    if scope == "full":
-        yield from _distinct(_all_linear_cases())
-        return
-    yield from _distinct(_linear_cases(128, torch.bfloat16, torch.float32, True, False))
-    if scope == "default":
-        yield from _distinct(_some_linear_cases())
+def cases(arch: str, scope: str = "default") -> list[Case]:
+    """Return an architecture's variants: "quick" (the most demanding), "default" or "full"."""
+    makers = {"quick": _quick, "default": _default, "full": _full}
+    with regimes.assume(arch):
+        found = list(makers[scope]())
+    distinct = {(case.kernel.__name__, _key(case)): case for case in reversed(found)}
+    return list(reversed(distinct.values()))
+
+
+def _key(case: Case) -> tuple[Any, ...]:
+    """Return what the compiler sees of a case."""
+    kinds = tuple(
+        (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else _specialised(a)
+        for a in case.arguments
+    )
+    return (*kinds, tuple(sorted((name, str(value)) for name, value in case.options.items())))
+
+
+def _specialised(value: Any) -> Any:
+    if isinstance(value, int):
+        return "1" if value == 1 else value % 16 == 0
+    return type(value)

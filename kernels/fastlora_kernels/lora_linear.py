@@ -103,9 +103,10 @@ def lora_linear_backward(
         return dx, dy.new_empty(0), dy.new_empty(0)
     ds, dB = None, None
     if plan.tile is None:
-        if wanted and update.B.shape[1] <= low_rank.BOTH_RANKS:
+        block = low_rank.both_block(dy, update.B) if wanted else None
+        if block is not None:
             assert s is not None
-            ds, dB = _one_pass(dy, s, update, mask)
+            ds, dB = _one_pass(dy, s, update, mask, block)
         else:
             part = low_rank.first_product(dy, update.B.t(), mask, False)
             ds = low_rank.reduced(part, _low(dy, update), update.scaling, mask.spans)
@@ -143,9 +144,11 @@ def _fused_dx(
     return dx, ds
 
 
-def _one_pass(dy: Tensor, s: Tensor, update: LowRank, mask: Masks) -> tuple[Tensor, Tensor]:
+def _one_pass(
+    dy: Tensor, s: Tensor, update: LowRank, mask: Masks, block: dict[str, int]
+) -> tuple[Tensor, Tensor]:
     """Return ds (M, R) float32 and dB (N, R), reading dy once."""
-    ds_parts, db_parts = low_rank.both(dy, update.B, s.contiguous())
+    ds_parts, db_parts = low_rank.both(dy, update.B, s.contiguous(), block)
     ds = low_rank.reduced(ds_parts, _low(dy, update), update.scaling, mask.spans)
     dB = _like(update.B)
     low_rank.reduced(db_parts, dB.t(), update.scaling)

@@ -24,8 +24,9 @@ FIRST = {"BLOCK_M": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 3}
 FIRST_FLOAT32 = {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
 GRADIENT = {"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3}
 GRADIENT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-BOTH = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-BOTH_RANKS = 32  # above, writing the partial sums costs more than reading dy twice
+BOTH = {"BLOCK_M": 32, "BLOCK_N": 256, "num_warps": 8, "num_stages": 2}
+BOTH_MIXED = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+BOTH_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 REDUCE = 1024
 
 
@@ -179,19 +180,41 @@ def gradient(
     return out if parts == 1 else reduced(into, out, scale)
 
 
-def both(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def both_block(dy: Tensor, factor: Tensor) -> dict[str, int] | None:
+    """Return the block sizes of one pass over dy, or None where two passes cost less.
+
+    One pass saves reading dy, e bytes per element, and writes and reads partial sums of dy B, 8 R /
+    BLOCK_N bytes per element.
+    """
+    if dy.dtype == factor.dtype:
+        block = BOTH_FLOAT32 if dy.dtype == torch.float32 else BOTH
+    else:  # float16 times float32 takes five matrix instructions: too many registers
+        block = BOTH_MIXED if dy.dtype == torch.bfloat16 else None
+    if block is None or 8 * _padded(factor) >= dy.element_size() * block["BLOCK_N"]:
+        return None
+    return block
+
+
+def _padded(factor: Tensor) -> int:
+    """Return R of a factor (N, R), padded to whole blocks of ranks."""
+    return -(-factor.shape[1] // 16) * 16
+
+
+def both(
+    dy: Tensor, factor: Tensor, s: Tensor, block: dict[str, int]
+) -> tuple[Tensor, Tensor]:
     """Return the parts of ``dy B`` and of ``s^T dy``, in one pass over dy.
 
     Args:
         dy: (M, N), float32, bfloat16 or float16, any strides.
-        factor: B (N, R), dy's dtype or float32, any strides; R at most `BOTH_RANKS`.
+        factor: B (N, R), dy's dtype or float32, any strides; R at most 32.
         s: (M, R) float32, contiguous.
+        block: what `both_block` returns.
 
     Returns:
         (tiles, M, R) and (parts, R, N), float32.
     """
     (m, n), r = dy.shape, factor.shape[1]
-    block = dict(BOTH) if dy.dtype != torch.float32 else {**BOTH, "BLOCK_M": 32, "BLOCK_N": 64}
     tiles = -(-n // block["BLOCK_N"])
     parts, span = split_reduction(tiles, m, block["BLOCK_M"], dy.device)
     ds = torch.empty(tiles, m, r, dtype=torch.float32, device=dy.device)
@@ -200,6 +223,6 @@ def both(dy: Tensor, factor: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     with on_device(dy):
         low_rank_both_kernel[(tiles, parts)](
             *arguments, dy.stride(0), dy.stride(1), factor.stride(0), factor.stride(1),
-            BLOCK_R=_rank_block(r), **block, **OPTIONS,
+            BLOCK_R=_padded(factor), **block, **OPTIONS,
         )  # fmt: skip
     return ds, db
