@@ -196,8 +196,8 @@ def both_block(dy: Tensor, factor: Tensor) -> dict[str, int] | None:
 
 
 def _padded(factor: Tensor) -> int:
-    """Return R of a factor (N, R), padded to whole blocks of ranks."""
-    return -(-factor.shape[1] // 16) * 16
+    """Return R of a factor (N, R), padded to the side of a block of ranks."""
+    return max(16, 1 << (factor.shape[1] - 1).bit_length())
 
 
 def both(
