@@ -91,6 +91,30 @@ def low_rank_first_kernel(
     tl.store(pointers, total(acc, rest), mask=(rm[:, None] < M) & (rr[None, :] < R))
 
 
+@triton.jit
+def low_tile(
+    low_ptr,
+    rows,
+    r,
+    first,
+    last,
+    M,
+    R,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the sum of the parts of low[rows, r : r + BLOCK_R], zero outside of the spans."""
+    rr = r + tl.arange(0, BLOCK_R)
+    mask = (rows[:, None] < M) & (rr[None, :] < R)
+    mask &= (rr[None, :] >= first[:, None]) & (rr[None, :] < last[:, None])
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for p in range(0, parts):
+        pointers = low_ptr + (tl.cast(p, tl.int64) * M + rows)[:, None] * R + rr[None, :]
+        low += tl.load(pointers, mask=mask, other=0.0)
+    return low
+
+
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def low_rank_finish_kernel(
     part_ptr,
@@ -138,29 +162,27 @@ def low_rank_finish_kernel(
     if HAS_LOW:
         EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
         first, last = span_bounds(spans_ptr, rm, M, R, SPANS)
+        if STORE_LOW:  # noqa: SIM102 (decided at compile time)
+            if tl.program_id(1) == 0:
+                for r in range(0, R, BLOCK_R):
+                    low = low_tile(low_ptr, rm, r, first, last, M, R, low_parts, BLOCK_M, BLOCK_R)
+                    rr = r + tl.arange(0, BLOCK_R)
+                    inside = (rm[:, None] < M) & (rr[None, :] < R)
+                    pointers = low_out_ptr + rm[:, None] * R + rr[None, :]
+                    tl.store(pointers, low * low_scale, mask=inside)
+        start, stop = 0, R
         if SPANS:
             low_r, high_r = covered(first, last, R)
+            start, stop = low_r // BLOCK_R * BLOCK_R, high_r
         acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         rest = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-        for r in range(0, R, BLOCK_R):
-            rr = r + tl.arange(0, BLOCK_R)
-            inside = (rm[:, None] < M) & (rr[None, :] < R)
-            low_mask = inside & (rr[None, :] >= first[:, None]) & (rr[None, :] < last[:, None])
-            low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for p in range(0, low_parts):
-                pointers = low_ptr + (tl.cast(p, tl.int64) * M + rm)[:, None] * R + rr[None, :]
-                low += tl.load(pointers, mask=low_mask, other=0.0)
-            low *= low_scale
-            if STORE_LOW:  # noqa: SIM102 (decided at compile time)
-                if tl.program_id(1) == 0:
-                    tl.store(low_out_ptr + rm[:, None] * R + rr[None, :], low, mask=inside)
-            overlap = (r < high_r) & (r + BLOCK_R > low_r) if SPANS else True
-            if overlap:
-                pointers = factor_ptr + rr.to(tl.int64)[:, None] * stride_fr
-                pointers += ro[None, :] * stride_fo
-                f_mask = (rr[:, None] < R) & (ro[None, :] < O)
-                factor = tl.load(pointers, mask=f_mask, other=0.0)  # (BLOCK_R, BLOCK_O)
-                acc, rest = low_rank_dot(low, factor, acc, rest, EXACT)
+        for r in range(start, stop, BLOCK_R):
+            rr = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
+            low = low_tile(low_ptr, rm, r, first, last, M, R, low_parts, BLOCK_M, BLOCK_R)
+            pointers = factor_ptr + rr[:, None] * stride_fr + ro[None, :] * stride_fo
+            f_mask = (rr[:, None] < R) & (ro[None, :] < O)
+            factor = tl.load(pointers, mask=f_mask, other=0.0)  # (BLOCK_R, BLOCK_O)
+            acc, rest = low_rank_dot(low * low_scale, factor, acc, rest, EXACT)
         acc = total(acc, rest) * out_scale
         if DROP:
             keys = row_keys(seed_ptr, rm)

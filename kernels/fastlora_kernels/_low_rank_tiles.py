@@ -74,16 +74,16 @@ def low_rank_partial(
 ):
     """Store one tile of low[part] = drop(x)[:, start:stop] @ factor[:, start:stop]^T.
 
-    Tiles count through the BLOCK_M tokens from `first_m` in steps of at most BLOCK_R, then through
+    Tiles count through the BLOCK_M tokens from `first_m` in steps of BLOCK_R, then through
     the ranks.
     """
-    ROWS: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_R else BLOCK_R
-    TILES_M: tl.constexpr = BLOCK_M // ROWS
-    STEP: tl.constexpr = 64
-    rm = first_m + tile % TILES_M * ROWS + tl.arange(0, ROWS)
+    TILES_M: tl.constexpr = BLOCK_M // BLOCK_R
+    MIXED: tl.constexpr = x_ptr.dtype.element_ty != factor_ptr.dtype.element_ty
+    STEP: tl.constexpr = 32 if MIXED else 64  # the parts of a float32 factor take registers
+    rm = first_m + tile % TILES_M * BLOCK_R + tl.arange(0, BLOCK_R)
     rr = tile // TILES_M * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, ROWS), tl.float32)
-    rest = tl.zeros((BLOCK_R, ROWS), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+    rest = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for i in range(start, stop, STEP):
         ri = (i + tl.arange(0, STEP)).to(tl.int64)
         mask = (rm[:, None] < M) & (ri[None, :] < stop)
@@ -91,7 +91,7 @@ def low_rank_partial(
             mask &= kept(row_keys(seed_ptr, rm)[:, None], ri[None, :], threshold)
         x_tile = tl.load(
             x_ptr + rm[:, None] * stride_xm + ri[None, :] * stride_xi, mask=mask, other=0.0
-        )  # (ROWS, STEP)
+        )  # (BLOCK_R, STEP)
         f_mask = (rr[:, None] < R) & (ri[None, :] < stop)
         f_tile = tl.load(
             factor_ptr + rr[:, None] * stride_fr + ri[None, :] * stride_fi, mask=f_mask, other=0.0

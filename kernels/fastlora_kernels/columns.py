@@ -28,7 +28,7 @@ from fastlora_kernels.low_rank_products import Masks, first_product, reduced
 from fastlora_kernels.regimes import Plan, Tile
 
 FORWARD = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
-BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
+BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}
 ROWS, COLS = 16, 256  # of a tile of squares; not measured yet
 WIDE_DOTS = {16: Tile(16, 64, 64, 4, 2), 64: Tile(64, 64, 64, 8, 2)}  # a is float32, W is not
 

@@ -86,7 +86,7 @@ def partial_product(
         low = torch.empty(parts, m, factor.shape[0], dtype=torch.float32, device=x.device)
         first = factor
         tiles_low = -(-factor.shape[0] // BLOCK_R)
-        tiles_low *= 1 if m == 1 else max(tile.block_m // BLOCK_R, 1)
+        tiles_low *= 1 if m == 1 else tile.block_m // BLOCK_R
     if part.numel() == 0:
         return part, low
     kernel = lora_linear_fwd_kernel if forward else lora_linear_bwd_dx_kernel

@@ -21,9 +21,9 @@ SMALL = 128  # tokens up to which a finishing tile is small, to fill the device
 FINISH_FEW = {"BLOCK_M": 16, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
 FINISH_MANY = {"BLOCK_M": 64, "BLOCK_O": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 1}
 FIRST = {"BLOCK_M": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 3}
+FIRST_MIXED = {"BLOCK_M": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 3}
 FIRST_FLOAT32 = {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
-GRADIENT = {"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3}
-GRADIENT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+GRADIENT = {"BLOCK_M": 32, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3}
 BOTH = {"BLOCK_M": 32, "BLOCK_N": 256, "num_warps": 8, "num_stages": 2}
 BOTH_MIXED = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 BOTH_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
@@ -68,7 +68,8 @@ def first_product(x: Tensor, factor: Tensor, mask: Masks, drop: bool) -> Tensor:
         (parts, M, R) float32; to be added, and zero at least where a row has no rank at all.
     """
     (m, i), r = x.shape, factor.shape[0]
-    block = FIRST if x.dtype != torch.float32 else FIRST_FLOAT32
+    block = FIRST_MIXED if x.dtype != factor.dtype else FIRST
+    block = block if x.dtype != torch.float32 else FIRST_FLOAT32
     ranks = _rank_block(r)
     tiles = (-(-m // block["BLOCK_M"]), -(-r // ranks))
     parts, span = split_reduction(tiles[0] * tiles[1], i, block["BLOCK_I"], x.device)
@@ -164,7 +165,7 @@ def gradient(
     (m, o), r = wide.shape, low.shape[1]
     if out.numel() == 0:
         return out
-    block = GRADIENT if wide.dtype != torch.float32 else GRADIENT_FLOAT32
+    block = GRADIENT
     tiles = (-(-o // block["BLOCK_O"]), -(-r // block["BLOCK_R"]))
     parts, span = split_reduction(tiles[0] * tiles[1], m, block["BLOCK_M"], wide.device)
     into, seed = out[None], mask.seed if drop else None

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 GROUP = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}  # archs that share tiles
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)  # upper bounds of the table's rows
+TOKENS = (1, 16, 32, 64, 128, 256, 512)  # upper bounds of the table's rows
 DIRECTIONS = ("forward", "backward")
 LARGEST_TILE = 128
 NARROWEST = 32  # columns of a tile, for one of which a row has one absmax: the smallest block size
@@ -88,7 +88,6 @@ CHIPS = {
 TILES: dict[str, dict[str, dict[Tile, float]]] = {
     "sm_80": {
         "forward": {
-            Tile(8, 64, 256, 4, 3): 4.3,
             Tile(16, 64, 256, 4, 3): 4.4,
             Tile(32, 128, 128, 4, 3): 5.5,
             Tile(64, 64, 128, 4, 3): 9.4,
@@ -103,10 +102,9 @@ TILES: dict[str, dict[str, dict[Tile, float]]] = {
     },
     "sm_90": {
         "forward": {
-            Tile(8, 64, 256, 4, 3): 4.6,
             Tile(16, 64, 256, 4, 3): 4.7,
             Tile(32, 64, 256, 4, 3): 4.9,
-            Tile(64, 128, 128, 4, 3): 5.4,
+            Tile(64, 128, 128, 8, 3): 6.0,
             Tile(128, 128, 128, 8, 3): 6.6,
         },
         "backward": {
