@@ -18,17 +18,21 @@ inline void split(vf v, int pieces, bf16* out, int64_t apart, int64_t count = 16
   }
 }
 
-// `rows` rows of `cols` values of a matrix: piece p of row i to out + p * apart + i * ldo.
+// `cols` values of a row: piece p to out + p * apart.
+template <class L>
+inline void split_row(const L* in, int64_t cols, float scale, int pieces, bf16* out, int64_t apart) {
+  for (int64_t c = 0; c < cols; c += 16) {
+    const int64_t count = min64(16, cols - c);
+    split(vset(scale) * (count == 16 ? vload(in + c) : vload_part(in + c, count)), pieces, out + c, apart, count);
+  }
+}
+
+// `rows` rows of a matrix: piece p of row i to out + p * apart + i * ldo. Not for use in a parallel region.
 template <class L>
 inline void split_rows(const L* in, int64_t ldi, int64_t rows, int64_t cols, float scale, int pieces, bf16* out,
                        int64_t ldo, int64_t apart, int threads) {
 #pragma omp parallel for num_threads(rows * cols < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < cols; c += 16) {
-      const int64_t count = min64(16, cols - c);
-      const L* p = in + i * ldi + c;
-      split(vset(scale) * (count == 16 ? vload(p) : vload_part(p, count)), pieces, out + i * ldo + c, apart, count);
-    }
+  for (int64_t i = 0; i < rows; ++i) split_row(in + i * ldi, cols, scale, pieces, out + i * ldo, apart);
 }
 #endif
 
@@ -64,16 +68,15 @@ inline std::vector<Narrow> narrow(const Rows& rows_of, const L* matrix, int64_t 
     out.push_back({to, pieces * s.r});
     to += pieces * s.r * length;
   }
-  const bool many = out.size() > 1, twice = expand && pieces == 3;
-#pragma omp parallel for num_threads(many ? threads : 1) schedule(static)
+  const bool twice = expand && pieces == 3;
+  const int taken = twice ? 2 : pieces;
   for (size_t q = 0; q < out.size(); ++q) {
     const Span& s = rows_of.spans[q];
     bf16* start = const_cast<bf16*>(out[q].data);
     const L* from = by_rank ? matrix + s.rank * length : matrix + s.rank;
     const int64_t rows = by_rank ? s.r : length, cols = by_rank ? length : s.r;
     const int64_t ldo = by_rank ? length : pieces * s.r, apart = by_rank ? s.r * length : s.r;
-    split_rows(from, by_rank ? length : r, rows, cols, 1.0f, twice ? 2 : pieces, start + (twice ? apart : 0), ldo,
-               apart, many ? 1 : threads);
+    split_rows(from, by_rank ? length : r, rows, cols, 1.0f, taken, start + (twice ? apart : 0), ldo, apart, threads);
     for (int64_t i = 0; twice && i < rows; ++i)
       memcpy(start + i * ldo, start + apart + i * ldo, cols * sizeof(bf16));
   }
@@ -213,7 +216,7 @@ inline void tile_rows_of(const Rows& rows, const float* s, int64_t m, int64_t r,
 #pragma omp for schedule(static) nowait
     for (int64_t i = g.first; i < g.first + g.count; ++i) {
       bf16* line = out + i * ld;
-      split_rows(s + rows.at(i) * r + g.rank, r, 1, g.r, scale, pieces == 3 ? 2 : 1, line, ld, g.r, 1);
+      split_row(s + rows.at(i) * r + g.rank, g.r, scale, pieces == 3 ? 2 : 1, line, g.r);
       if (pieces == 3) memcpy(line + 2 * g.r, line, g.r * sizeof(bf16));
       memset(line + pieces * g.r, 0, (ld - pieces * g.r) * sizeof(bf16));
     }

@@ -222,8 +222,8 @@ def low_rank_gradient_kernel(
     part = tl.program_id(2).to(tl.int64)
     start = tl.program_id(2) * span
     stop = tl.minimum(start + span, M)
-    acc = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    rest = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+    rest = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
     for m in range(start, stop, BLOCK_M):
         rm = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
         low = tl.load(
@@ -237,10 +237,10 @@ def low_rank_gradient_kernel(
         wide = tl.load(
             wide_ptr + rm[:, None] * stride_wm + ro[None, :] * stride_wo, mask=mask, other=0.0
         )  # (BLOCK_M, BLOCK_O)
-        acc, rest = mixed_dot(tl.trans(low), wide, acc, rest)
-    pointers = out_ptr + part * stride_op + rr[:, None] * stride_or + ro[None, :] * stride_oo
+        acc, rest = mixed_dot(tl.trans(wide), low, acc, rest)
+    pointers = out_ptr + part * stride_op + rr[None, :] * stride_or + ro[:, None] * stride_oo
     out = (total(acc, rest) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(pointers, out, mask=(rr[:, None] < R) & (ro[None, :] < O))
+    tl.store(pointers, out, mask=(rr[None, :] < R) & (ro[:, None] < O))
 
 
 @triton.jit
