@@ -54,9 +54,11 @@ def _execute(name: str, operands: list[Array]) -> Array:
     if name == "prmt.b32":
         return _prmt(*operands)
     if name == "cvt.rn.bf16x2.f32":
-        return (_bf16(operands[0]) << U32(16)) | _bf16(operands[1])
+        both: Array = (_bf16(operands[0]) << U32(16)) | _bf16(operands[1])
+        return both
     if name == "cvt.rn.f16x2.f32":
-        return (_f16(operands[0]) << U32(16)) | _f16(operands[1])
+        pair: Array = (_f16(operands[0]) << U32(16)) | _f16(operands[1])
+        return pair
     raise NotImplementedError(f"the model of PTX needs {name!r}; add it to tests/ptx.py")
 
 
@@ -64,7 +66,9 @@ def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
     """Bit by bit, the entry of `table` at the index that the bits of a, b and c make."""
     out = np.zeros_like(a)
     for index in range(8):
-        bits = [operand if index & place else ~operand for operand, place in ((a, 4), (b, 2), (c, 1))]
+        bits = [
+            operand if index & place else ~operand for operand, place in ((a, 4), (b, 2), (c, 1))
+        ]
         out |= np.where((table >> U32(index)) & U32(1), bits[0] & bits[1] & bits[2], U32(0))
     return out
 

@@ -148,8 +148,8 @@ def test_what_is_no_group_is_computed_one_by_one(case: str) -> None:
     elif case == "spans":
         layers.updates[0] = first._replace(spans=torch.tensor([[0, 4]] * 6, dtype=torch.int32))
     else:
-        half = (t.detach().bfloat16().requires_grad_() for t in first[:2])
-        layers.updates[0] = LowRank(*half, 0.5)
+        a, b = (t.detach().bfloat16().requires_grad_() for t in first[:2])
+        layers.updates[0] = LowRank(a, b, 0.5)
     together, alone = layers.group(x), layers.one_by_one(x)
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     got, want = gradients(layers, together, x), gradients(layers, alone, x)

@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def native_takes(*tensors: Tensor) -> bool:
-    """Return whether the C++ library computes with these tensors: plain, on the CPU, of one dtype."""
+    """Return whether the C++ library takes these: plain tensors on the CPU, of one dtype."""
     first = tensors[0]
     return (
         is_plain(*tensors)

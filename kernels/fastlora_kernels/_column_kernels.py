@@ -31,7 +31,7 @@ def scale_columns_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = z * scale + bias; y (M, N) contiguous."""
+    """Y = z * scale + bias; y (M, N) contiguous."""
     rm = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rm[:, None] < M) & (rn[None, :] < N)
@@ -61,7 +61,7 @@ def scale_columns_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dz = dy * scale, (M, N) contiguous, and part[p] (N,) = sum of dy * z over part p of tokens."""
+    """Store dz = dy * scale (M, N) and part[p] (N,), the sum of dy * z over part p of tokens."""
     part = tl.program_id(1).to(tl.int64)
     rn = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * span

@@ -90,7 +90,8 @@ def weight_squares(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> 
     """Return the sum of squares of each row of W (n, k) decoded to `dtype`: (n,) float32."""
     data, tile = weight.data, Tile(1, ROWS, COLS, 4, 1)
     if weight.format == "dense":
-        stored, how = (data, data, data, data, data, data), "dense"
+        stored: tuple[Tensor, ...] = (data, data, data, data, data, data)
+        how = "dense"
         meta = {"CODE": (0.0,), "LOG_BLOCK": 0, "NESTED": False}
     else:
         tile = decode_width(tile, k, True)

@@ -188,7 +188,7 @@ def both_block(dy: Tensor, factor: Tensor) -> dict[str, int] | None:
     BLOCK_N bytes per element.
     """
     if dy.dtype == factor.dtype:
-        block = BOTH_FLOAT32 if dy.dtype == torch.float32 else BOTH
+        block: dict[str, int] | None = BOTH_FLOAT32 if dy.dtype == torch.float32 else BOTH
     else:  # float16 times float32 takes five matrix instructions: too many registers
         block = BOTH_MIXED if dy.dtype == torch.bfloat16 else None
     if block is None or 8 * _padded(factor) >= dy.element_size() * block["BLOCK_N"]:
@@ -201,9 +201,7 @@ def _padded(factor: Tensor) -> int:
     return max(16, 1 << (factor.shape[1] - 1).bit_length())
 
 
-def both(
-    dy: Tensor, factor: Tensor, s: Tensor, block: dict[str, int]
-) -> tuple[Tensor, Tensor]:
+def both(dy: Tensor, factor: Tensor, s: Tensor, block: dict[str, int]) -> tuple[Tensor, Tensor]:
     """Return the parts of ``dy B`` and of ``s^T dy``, in one pass over dy.
 
     Args:

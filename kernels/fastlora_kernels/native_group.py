@@ -136,5 +136,5 @@ def lora_group_backward(
     check(status, "fastlora_lora_group_backward")
     if da is None:
         return dx, [None] * len(n), [None] * len(n)
-    parts = da.split(layers.ranks)
+    parts = torch.split(da, layers.ranks)
     return dx, [part if part.shape[0] else None for part in parts], dbs

@@ -8,7 +8,6 @@ card at hand, and what it stores is used instead.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -264,14 +263,8 @@ def ragged(k: int) -> bool:
 
 
 def table(device: torch.device, direction: str) -> Table:
-    """Return the table of a device for 16-bit tokens: the tuned one, or else the default."""
+    """Return the table of a device for 16-bit tokens:"""
     arch = arch_of(device)
-    if device.type == "cuda" and not _assumed and os.environ.get("FASTLORA_TUNE") != "off":
-        from fastlora_kernels import tuned
-
-        found = tuned.load(device)
-        if found is not None:
-            return found[direction]
     return default_table("sm_90" if arch == INTERPRETER else arch, direction)
 
 

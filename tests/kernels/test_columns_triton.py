@@ -28,7 +28,9 @@ def make(
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize(("dtype", "kind"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)]
+)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_weight_dots(
     n: int,

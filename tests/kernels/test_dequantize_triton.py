@@ -54,13 +54,13 @@ def test_every_blocksize(blocksize: int, double: bool, device: str) -> None:
 def test_every_byte(quant_type: str, device: str) -> None:
     data = torch.arange(256, dtype=torch.uint8).repeat(4).view(32, 32)
     absmax = torch.rand(32) * 3
-    weight = StoredWeight(data.to(device), absmax.to(device), None, 0.0, quant_type, 64)
+    weight = StoredWeight(data.to(device), absmax.to(device), None, None, quant_type, 64)
     check_equal(weight, 32, 64, torch.float32)
 
 
 def test_every_nested_code(device: str) -> None:
     """A nested absmax is a product and then a sum, each rounded: all codes, several scales."""
-    blocks, offset = 1024, 0.37
+    blocks, offset = 1024, torch.tensor(0.37).to(device)
     absmax = torch.arange(256, dtype=torch.uint8).repeat(4)
     nested = torch.tensor([0.3, 1.7, 1e-3, 123.4])
     data = torch.randint(0, 256, (blocks, 16), dtype=torch.uint8)
@@ -82,12 +82,12 @@ def test_equals_bitsandbytes(device: str) -> None:
 
 def test_no_elements(device: str) -> None:
     data = torch.empty(0, 1, dtype=torch.uint8, device=device)
-    weight = StoredWeight(data, torch.empty(0, device=device), None, 0.0, "nf4", 64)
+    weight = StoredWeight(data, torch.empty(0, device=device), None, None, "nf4", 64)
     assert backend.dequantize(weight, 0, 3, torch.bfloat16).shape == (0, 3)
 
 
 def test_dense_weight_is_cast(device: str) -> None:
     data = torch.randn(3, 5, device=device)
-    weight = StoredWeight(data, None, None, 0.0, "dense", 0)
+    weight = StoredWeight(data, None, None, None, "dense", 0)
     assert backend.dequantize(weight, 3, 5, torch.float32) is data
     assert torch.equal(backend.dequantize(weight, 3, 5, torch.float16), data.half())

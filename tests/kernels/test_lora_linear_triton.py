@@ -14,7 +14,7 @@ from fastlora.backends import reference
 from fastlora.backends import triton as backend
 from fastlora.dispatch import Problem
 from tests import contract
-from tests.kernels.linear_setup import BF16, FP16, FP32, SCALING, Setup, both, check
+from tests.kernels.linear_setup import BF16, FP16, FP32, Setup, both, check
 
 PAIRS = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)]  # x, adapter
 
@@ -136,9 +136,7 @@ def test_without_adapter_and_bias(m: int, device: str) -> None:
     assert s.dtype == FP32
     plain, _ = reference.lora_linear(setup.x, setup.weight, None, None)
     contract.compare("y", y, plain, expected)
-    dx, dA, dB = backend.lora_linear_backward(
-        setup.dy, None, None, setup.weight, None, True, False
-    )
+    dx, dA, dB = backend.lora_linear_backward(setup.dy, None, None, setup.weight, None, True, False)
     assert dA.numel() == dB.numel() == 0
     wanted = reference.lora_linear_backward(setup.dy, None, None, setup.weight, None, True, False)
     contract.compare("dx", dx, wanted[0], setup.dy.double() @ setup.exact.data)
@@ -163,9 +161,7 @@ def test_only_what_is_needed(m: int, r: int, device: str) -> None:
     dx, *none = backend.lora_linear_backward(setup.dy, None, None, weight, update, True, False)
     assert torch.allclose(dx, full[0], rtol=1e-2, atol=1e-2)
     assert [t.numel() for t in none] == [0, 0]
-    no_dx, dA, dB = backend.lora_linear_backward(
-        setup.dy, setup.x, s, weight, update, False, True
-    )
+    no_dx, dA, dB = backend.lora_linear_backward(setup.dy, setup.x, s, weight, update, False, True)
     assert no_dx.numel() == 0
     assert torch.allclose(dA, full[1], rtol=1e-4, atol=1e-5)
     assert torch.allclose(dB, full[2], rtol=1e-4, atol=1e-5)
