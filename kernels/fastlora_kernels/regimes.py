@@ -87,7 +87,7 @@ CHIPS = {
 TILES: dict[str, dict[str, dict[Tile, float]]] = {
     "sm_80": {
         "forward": {
-            Tile(16, 64, 256, 4, 3): 4.4,
+            Tile(16, 128, 128, 4, 3): 4.9,
             Tile(32, 128, 128, 4, 3): 5.5,
             Tile(64, 64, 128, 4, 3): 9.4,
             Tile(128, 128, 64, 8, 3): 12.3,
@@ -263,7 +263,7 @@ def ragged(k: int) -> bool:
 
 
 def table(device: torch.device, direction: str) -> Table:
-    """Return the table of a device for 16-bit tokens:"""
+    """Return the table of a device for 16-bit tokens."""
     arch = arch_of(device)
     return default_table("sm_90" if arch == INTERPRETER else arch, direction)
 
