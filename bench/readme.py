@@ -61,9 +61,30 @@ def memory(rows: list[Row]) -> list[str]:
     return lines
 
 
+def methods(rows: list[Row]) -> list[str]:
+    """A table of the adapter methods, groups and batches: forward + backward."""
+    lines = [
+        "| layer | tokens | what | ms | against | ms | times |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cells: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row["shape"], row["M"]), {}).setdefault(row["variant"], row["ms_p50"])
+    pairs = [(v, p) for v in ("loha", "lokr", "dora") for p in (f"peft {v}", "lora")]
+    pairs += [("group", "one by one")]
+    pairs += [(v, "one adapter") for v in ("8 adapters", "8 adapters, unsorted rows")]
+    for (shape, m), ms in cells.items():
+        for ours, other in pairs:
+            if ours in ms and other in ms:
+                figures = f"{ms[ours]:.2f} | {other} | {ms[other]:.2f} | {ms[other] / ms[ours]:.2f}"
+                lines.append(f"| {shape} | {m} | {ours} | {figures} |")
+    return lines
+
+
 def figures() -> str:
     """The section as it should stand."""
     runs, extra = latest("linear-cpu"), latest("linear-memory-cpu")
+    engine = latest("engine-cpu")
     first = runs[0]
     where = (
         f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
@@ -77,6 +98,11 @@ def figures() -> str:
         "Peak extra memory of one forward + backward beyond its inputs and outputs, MiB, at"
         f" {max(row['M'] for row in extra)} tokens (`python -m bench.linear --memory`):",
         "\n".join(memory(extra)),
+        f"Every method on NF4, forward + backward, adapters {engine[0]['adapter_dtype']} (`python"
+        f" -m bench.engine`); commit {engine[0]['commit']}. LoRA and DoRA have r = 16, LoHa and"
+        " LoKr r = 8, LoKr factor 8. PEFT's LoHa and LoKr run on a dense weight, which is all they"
+        " can, its DoRA on bitsandbytes NF4. Times: how many times faster.",
+        "\n".join(methods(engine)),
     ]
     return "\n\n".join(parts) + "\n"
 

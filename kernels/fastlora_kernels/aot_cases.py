@@ -179,6 +179,7 @@ def _quick() -> Iterator[Case]:
     """Yield the most demanding variant of every kernel."""
     yield from _dequantize(BF16, 64)
     yield from _linear(128, BF16, FP32)
+    yield from _linear(MANY, BF16, FP32)
     yield from _linear(MANY, FP16, FP32, masked=True)
     yield from _linear(MANY, BF16, FP32, rank=64)
     yield from _gemv(BF16, True)
