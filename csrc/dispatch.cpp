@@ -195,6 +195,15 @@ int32_t fastlora_row_norms(int32_t dtype, int64_t n, int64_t r, const float* squ
   return 0;
 }
 
+int32_t fastlora_scaled_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const fastlora_weight* w,
+                               const fastlora_lora* lora, const float* squares, const float* magnitude,
+                               const float* bias, float* norms, float* s, void* z, void* y, int32_t threads) {
+  if (!fastlora::valid(dtype, m, w, lora, threads) || (lora->dtype != dtype && lora->dtype != FASTLORA_F32))
+    return FASTLORA_EINVAL;
+  fastlora::kernels().scaled_linear(dtype, m, x, ldx, *w, *lora, squares, magnitude, bias, norms, s, z, y, threads);
+  return 0;
+}
+
 int32_t fastlora_products(int32_t dtype, int32_t kind, const int64_t* size, const void* u, const void* v, void* out,
                           int32_t threads) {
   if (!fastlora::known(dtype) || kind < FASTLORA_ROWS || kind > FASTLORA_KRON || threads < 1) return FASTLORA_EINVAL;

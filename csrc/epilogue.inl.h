@@ -15,6 +15,8 @@ struct Epilogue {
   const Dropout& dropout;
   int64_t first;  // column of the output at which the panel starts
   const Rows& rows;
+  const float* scale;  // what is stored is then z, without the bias, and, where `scaled` says, z * scale + bias
+  void* scaled;
 };
 
 // The low-rank term of ROWS rows and two vectors of columns.
@@ -43,6 +45,14 @@ struct Step {
   float* partial;  // (m, PANEL_COLUMNS), by position
 };
 
+template <class O>
+inline void store_first(O* p, vf v, int64_t count) {
+  if (count >= VW)
+    vstore(p, v);
+  else
+    vstore_part(p, v, count);
+}
+
 // Rows `i0` on of a tile whose first row is at `position`.
 template <int ROWS, class O>
 inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilogue& e, const Step& step,
@@ -67,16 +77,17 @@ inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilo
     for (int i = 0; i < ROWS; ++i)
       for (int v = 0; v < 2; ++v) sums[i][v] = sums[i][v] + term[i][v];
   }
-  for (int i = 0; e.bias && i < ROWS; ++i)
+  for (int i = 0; e.bias && !e.scale && i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) sums[i][v] = sums[i][v] + vload(e.bias + col + v * VW);
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) {
-      O* p = out + row[i] * ldo + col + v * VW;
-      const int64_t left = cols - c - v * VW;
-      if (left >= VW)
-        vstore(p, sums[i][v]);
-      else if (left > 0)
-        vstore_part(p, sums[i][v], left);
+      const int64_t place = row[i] * ldo + col + v * VW, left = cols - c - v * VW;
+      if (left <= 0) continue;
+      store_first(out + place, sums[i][v], left);
+      if (!e.scale) continue;
+      const vf z = left >= VW ? vload(out + place) : vload_part(out + place, left);
+      const vf offset = e.bias ? vload(e.bias + col + v * VW) : vzero();
+      store_first(static_cast<O*>(e.scaled) + place, vfma(z, vload(e.scale + col + v * VW), offset), left);
     }
 }
 

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define FASTLORA_API __attribute__((visibility("default")))
-#define FASTLORA_ABI 2
+#define FASTLORA_ABI 3
 #define FASTLORA_EINVAL 1
 
 #ifdef __cplusplus
@@ -93,6 +93,14 @@ FASTLORA_API int32_t fastlora_weight_squares(int32_t dtype, const fastlora_weigh
 // squares (n) of fastlora_weight_squares, dots (r, n) = A W^T, B (n, r) of `dtype`, gram (r, r) = A A^T.
 FASTLORA_API int32_t fastlora_row_norms(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots,
                                         const void* b, const float* gram, float scaling, float* out, int32_t threads);
+
+// DoRA: z (m, n) = x W^T + scaling s B^T, s as in fastlora_lora_linear; norms (n) as in fastlora_row_norms, W decoded to
+// `dtype`; y (m, n) = z * magnitude / norms + bias, with norms at least FLT_MIN. squares and magnitude (n), bias (n) or
+// NULL; the adapter has the dtype F32 or `dtype`.
+FASTLORA_API int32_t fastlora_scaled_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx,
+                                            const fastlora_weight* w, const fastlora_lora* lora, const float* squares,
+                                            const float* magnitude, const float* bias, float* norms, float* s, void* z,
+                                            void* y, int32_t threads);
 
 // y (m, n) = z * scale + bias; scale (n), bias (n) or NULL; z and y of `dtype`, contiguous.
 FASTLORA_API int32_t fastlora_scale_columns(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale,

@@ -20,6 +20,13 @@ struct TileTerm {
   const std::vector<Narrow>& factors;  // per span: (n, width) forward, (width, k) backward
 };
 
+// A factor for each output, found from the panels as they pass (norms.inl.h).
+struct Factors {
+  // Takes a panel of columns [col, col + cols); after the last one they are in `factors`, (PANEL_COLUMNS).
+  virtual void take(const void* panel, void* rows, int64_t red, int64_t depth, const Step& step, int64_t col,
+                    int64_t cols, float* factors) const = 0;
+};
+
 // What the two directions share. `backward`: A is dy, columns are W's columns; else A is x, columns are W's rows.
 // Several parts, each a matrix A and a weight with the same columns, are summed.
 template <class T>
@@ -42,6 +49,8 @@ struct Gemm {
   O* out;
   int threads;
   int32_t rounding = dtype_of<T>;  // of decoded weights
+  const Factors* factors = nullptr;  // then `out` has no bias, and scaled = out * factors + bias
+  O* scaled = nullptr;
 
   int64_t columns() const { return backward ? parts->w->k : parts->w->n; }
   int64_t reduction(int part) const { return backward ? parts[part].w->n : parts[part].w->k; }
@@ -51,7 +60,7 @@ struct Gemm {
 template <class Compute>
 struct Workspace {
   Compute *panel, *rows;
-  float *partial, *bias, *u;
+  float *partial, *bias, *u, *factors;
   std::vector<Narrow> low_panels;  // per span
 };
 
@@ -130,7 +139,7 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
                       int64_t count, int64_t col, int64_t cols) {
   constexpr int GROUP = Shape<Compute>::GROUP;
   alignas(64) float tile[Shape<Compute>::ROWS * GROUP];
-  Epilogue e{g.s, s.u, s.bias, nullptr, g.lora.r, span.rank, span.r, dropout, col, g.rows};
+  Epilogue e{g.s, s.u, s.bias, nullptr, g.lora.r, span.rank, span.r, dropout, col, g.rows, s.factors, g.scaled + col};
   const int64_t stride = sizeof(Compute) == 2 ? round_up(depth, 32) : depth;
   const T* a = part.a + g.rows.at(position) * part.lda + red;
   const bool direct = in_place<Compute>(count, depth) && g.rows.adjoin(position, count);
@@ -173,6 +182,8 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
   fastlora_lora plain = g.lora;
   if (!g.backward) plain.seed = nullptr;  // forward, the mask is in S
   const Dropout dropout(plain);
+  alignas(64) float factors[PANEL_COLUMNS] = {};
+  s.factors = g.factors ? factors : nullptr;
   for (int i = 0; i < g.count; ++i) {
     const int64_t reduction = g.reduction(i);
     for (int64_t red = 0; red < reduction || red == 0; red += S::DEPTH) {
@@ -182,6 +193,7 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
         pack_panel_backward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
       else
         pack_panel_forward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
+      if (g.factors) g.factors->take(s.panel, s.rows, red, depth, step, col, cols, factors);
       for (const Span& span : g.rows.spans)
         for (int64_t i0 = 0; i0 < span.count; i0 += S::ROWS)
           row_block<Compute>(g, s, g.parts[i], red, depth, step, span, dropout, span.first + i0,
@@ -192,11 +204,7 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
 
 template <class T, class O>
 inline void panel_gemm(const Gemm<T, O>& g) {
-#if defined(FASTLORA_BF16_DOT)
-  using Compute = typename std::conditional<is_bf16<T>, bf16, float>::type;
-#else
-  using Compute = float;
-#endif
+  using Compute = compute_of<T>;
   const int64_t columns = g.columns();
   // at least two panels a thread, so that neither waits long for the other
   const int64_t width = min64(PANEL_COLUMNS, round_up((columns + 2 * g.threads - 1) / (2 * g.threads), 32));

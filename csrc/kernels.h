@@ -27,6 +27,9 @@ struct Kernels {
   void (*weight_squares)(int32_t dtype, const fastlora_weight& w, float* out, int threads);
   void (*row_norms)(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots, const void* b,
                     const float* gram, float scaling, float* out, int threads);
+  void (*scaled_linear)(int32_t dtype, int64_t m, const void* x, int64_t ldx, const fastlora_weight& w,
+                        const fastlora_lora& lora, const float* squares, const float* magnitude, const float* bias,
+                        float* norms, float* s, void* z, void* y, int threads);
   void (*scale_columns)(int32_t dtype, int64_t m, int64_t n, const void* z, const float* scale, const float* bias,
                         void* y, int threads);
   void (*scale_columns_backward)(int32_t dtype, int64_t m, int64_t n, const void* dy, int64_t lddy, const void* z,
@@ -50,6 +53,9 @@ enum ScratchSlot {
   SCRATCH_OPERAND,
   SCRATCH_STACKED,
   SCRATCH_GROUP,
+  SCRATCH_DOTS,
+  SCRATCH_NORMS,
+  SCRATCH_GRAM,
   SCRATCH_SLOTS
 };
 

@@ -59,19 +59,24 @@ void project_x(int64_t m, const T* x, int64_t ldx, int64_t k, const L* a, const 
   for (const Span& g : rows.spans) project(x, ldx, rows, g, wide, lora.r, k, 1.0f, dropout, s, threads);
 }
 
+// A forward gemm, the low-rank term on the matrix unit where there is one.
+template <class T>
+void apply_panels(const Gemm<T, T>& g) {
+#if defined(__AMX_BF16__)
+  if constexpr (is_bf16<T>)
+    if (g.lora.r && on_tiles<T>(g.m))
+      return as_type(g.lora.dtype, g.lora.b, [&](auto* b) { gemm_tiles(g, b, g.lora.scaling, g.threads); });
+#endif
+  panel_gemm(g);
+}
+
 // y = x W^T + bias + scaling s B^T, for an s that is there.
 template <class T>
 void apply(int64_t m, const T* x, int64_t ldx, const fastlora_weight& w, const float* bias, const fastlora_lora& lora,
            const Rows& rows, const float* s, T* y, int threads) {
   if (few_tokens<T>(w, lora, m)) return gemv(Gemv<T>{x, ldx, m, w, bias, lora, s, y, threads});
   const Part<T> part{x, ldx, &w};
-  const Gemm<T, T> g{&part, 1, m, false, lora, rows, s, nullptr, bias, y, threads};
-#if defined(__AMX_BF16__)
-  if constexpr (is_bf16<T>)
-    if (lora.r && on_tiles<T>(m))
-      return as_type(lora.dtype, lora.b, [&](auto* b) { gemm_tiles(g, b, lora.scaling, threads); });
-#endif
-  panel_gemm(g);
+  apply_panels(Gemm<T, T>{&part, 1, m, false, lora, rows, s, nullptr, bias, y, threads});
 }
 
 template <class T>

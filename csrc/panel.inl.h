@@ -13,6 +13,14 @@ namespace FASTLORA_ISA {
 #define FASTLORA_BF16_DOT 1
 #endif
 
+#if defined(FASTLORA_BF16_DOT)
+template <class T>
+using compute_of = typename std::conditional<is_bf16<T>, bf16, float>::type;
+#else
+template <class T>
+using compute_of = float;
+#endif
+
 template <class Compute>
 struct Shape;
 template <>

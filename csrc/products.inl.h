@@ -137,31 +137,6 @@ void kron_backward(int64_t a, int64_t b, int64_t c, int64_t d, const T* g, const
   }
 }
 
-// out (n) = sqrt(squares + 2 scaling <dots, B> + scaling^2 <B gram, B>), row by row; dots (r, n), B (n, r), gram (r, r).
-template <class T>
-void row_norms(int64_t n, int64_t r, const float* squares, const float* dot, const T* b, const float* gram,
-               float scaling, float* out, int threads) {
-#pragma omp parallel for num_threads(n * r * r < FEW_PRODUCTS ? 1 : threads) schedule(static)
-  for (int64_t first = 0; first < n; first += VW) {
-    const int64_t rows = min64(VW, n - first);
-    auto* across = static_cast<float*>(scratch(SCRATCH_LOW_RANK, r * VW * sizeof(float)));  // dots of these rows
-    for (int64_t i = 0; i < r; ++i) vstore(across + i * VW, vload_part(dot + i * n + first, rows));
-    for (int64_t q = 0; q < rows; ++q) {
-      const T* ranks = b + (first + q) * r;
-      float cross = 0, own = 0;
-      for (int64_t i = 0; i < r; ++i) cross += to_float(ranks[i]) * across[i * VW + q];
-      for (int64_t j = 0; j < r; j += VW) {
-        const int64_t count = min64(VW, r - j);
-        vf sum = vzero();
-        for (int64_t i = 0; i < r; ++i) sum = vfma(vset(to_float(ranks[i])), vload_part(gram + i * r + j, count), sum);
-        own += vsum(sum * vload_part(ranks + j, count));
-      }
-      const double s = scaling, total = squares[first + q] + 2 * s * cross + s * s * own;
-      out[first + q] = static_cast<float>(__builtin_sqrt(total < 0 ? 0 : total));
-    }
-  }
-}
-
 // ---- by dtype ----
 
 void products(int32_t dtype, int32_t kind, const int64_t* size, const void* u, const void* v, void* out,
@@ -188,11 +163,6 @@ void products_backward(int32_t dtype, int32_t kind, const int64_t* size, const v
     if (kind == FASTLORA_KRON)
       kron_backward(size[0], size[1], size[2], size[3], grad, left, right, dl, dr, threads);
   });
-}
-
-void row_norms(int32_t dtype, int64_t n, int64_t r, const float* squares, const float* dots, const void* b,
-               const float* gram, float scaling, float* out, int threads) {
-  as_type(dtype, b, [&](auto* ranks) { row_norms(n, r, squares, dots, ranks, gram, scaling, out, threads); });
 }
 
 }  // namespace FASTLORA_ISA

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+#include <float.h>
 
 #include <type_traits>
 

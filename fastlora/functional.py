@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastlora import ops
@@ -114,13 +113,14 @@ def dora_linear(
     if norms is None:
         decoded = stored.data.dtype if stored.format == "dense" else dtype
         squares = ops.weight_squares(stored, n, k, decoded, backend)
+        if ops.finds_norms(x, stored, update, n, backend):
+            rest = (update, magnitude, None, squares, backend)
+            return ops.scaled_linear(x, stored, bias, *rest)
         norms = row_norms(stored, n, k, squares, update, decoded, backend)
     else:
         check_vector("norms", norms, n, x)
-    wide = wide_dtype(dtype)
-    least = torch.finfo(wide).tiny
-    g = magnitude.to(wide) / norms.detach().to(wide).clamp_min(least)  # (N,)
-    return ops.scaled_linear(x, stored, bias, update, g, backend)
+    norms = norms.detach().to(wide_dtype(dtype))
+    return ops.scaled_linear(x, stored, bias, update, magnitude, norms, None, backend)
 
 
 def multi_lora_linear(

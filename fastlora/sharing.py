@@ -112,10 +112,11 @@ class _Shared:
         """Compute the outputs of all members, in their own order."""
         bases = [member.base() for member in self.members]
         calls = [m.call(x, base) for m, base in zip(self.members, bases, strict=True)]
-        same = [i for i, call in enumerate(calls) if call.x is x]
+        same = [i for i, call in enumerate(calls) if call.x is x and call.alone is None]
         weights, biases = [bases[i].weight for i in same], [calls[i].bias for i in same]
         updates, backend = [calls[i].update for i in same], bases[0].backend
-        sums = dict(zip(same, linear_group(x, weights, biases, updates, backend), strict=True))
+        together = linear_group(x, weights, biases, updates, backend) if same else []
+        sums = dict(zip(same, together, strict=True))
         for i, (member, call) in enumerate(zip(self.members, calls, strict=True)):
             finish = call.finish
             if i not in sums:

@@ -37,14 +37,18 @@ class Call(NamedTuple):
         bias: (N,), or None.
         update: the low-rank term, or None.
         finish: what is done to the sum, or None.
+        alone: the output in one piece, where no other linear shares the product; or None.
     """
 
     x: Tensor
     bias: Tensor | None
     update: LowRank | None
     finish: Callable[[Tensor], Tensor] | None
+    alone: Callable[[], Tensor] | None = None
 
     def run(self, base: Base) -> Tensor:
         """Return the output, (..., N)."""
+        if self.alone is not None:
+            return self.alone()
         y = ops.linear(self.x, base.weight, self.bias, self.update, base.backend)
         return y if self.finish is None else self.finish(y)

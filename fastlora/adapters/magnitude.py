@@ -9,6 +9,7 @@ Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from fastlora_kernels.low_rank import LowRank
@@ -21,6 +22,16 @@ from fastlora.factors import row_norms
 NAME = "lora_magnitude_vector"
 
 
+def _squares(base: Base, update: LowRank, dtype: torch.dtype) -> Tensor:
+    """Return the sum of squares of each row of W, which is kept: (N,)."""
+    n, k = update.B.shape[0], update.A.shape[1]
+
+    def squares() -> Tensor:
+        return ops.weight_squares(base.weight, n, k, dtype, base.backend)
+
+    return base.cache.frozen("squares", _tensors(base), squares, also=dtype)
+
+
 def norms(base: Base, update: LowRank, dtype: torch.dtype) -> Tensor:
     """Return ``||W + update||`` of each row: (N,) float32, float64 for float64.
 
@@ -29,13 +40,9 @@ def norms(base: Base, update: LowRank, dtype: torch.dtype) -> Tensor:
         update: the update.
         dtype: to which a 4-bit weight is decoded.
     """
-    weight, (n, k) = base.weight, (update.B.shape[0], update.A.shape[1])
-
-    def squares() -> Tensor:
-        return ops.weight_squares(weight, n, k, dtype, base.backend)
-
-    kept = base.cache.frozen("squares", _tensors(base), squares, also=dtype)
-    return row_norms(weight, n, k, kept, update, dtype, base.backend)
+    n, k = update.B.shape[0], update.A.shape[1]
+    squares = _squares(base, update, dtype)
+    return row_norms(base.weight, n, k, squares, update, dtype, base.backend)
 
 
 def _tensors(base: Base) -> tuple[Tensor, ...]:
@@ -80,9 +87,16 @@ def call(
     With dropout this is ``y = (x - d) W^T + bias + g (d W^T + update(d))``, d being x dropped out:
     two products with the weight, as in PEFT.
     """
-    g = scale(base, x, params, update, training)
     if dropout == 0:
-        return Call(x, None, update, lambda z: ops.scale_columns(z, g, base.bias, base.backend))
+
+        def scaled(z: Tensor) -> Tensor:
+            g = scale(base, x, params, update, training)
+            return ops.scale_columns(z, g, base.bias, base.backend)
+
+        in_training = training or torch.is_grad_enabled()
+        alone = partial(_alone, x, base, params[NAME], update) if in_training else None
+        return Call(x, None, update, scaled, alone)
+    g = scale(base, x, params, update, training)
     dropped = ops.drop(x, ops.dropout_seed(x), dropout, base.backend)
 
     def finish(z: Tensor) -> Tensor:
@@ -90,6 +104,18 @@ def call(
         return rest + ops.scale_columns(z, g, None, base.backend)
 
     return Call(dropped, None, update, finish)
+
+
+def _alone(x: Tensor, base: Base, magnitude: Tensor, update: LowRank) -> Tensor:
+    """Return the output, by one op that finds the norms itself where the backend can."""
+    dtype, n = _decoded(base, x), update.B.shape[0]
+    found = squares = None
+    if ops.finds_norms(x, base.weight, update, n, base.backend):
+        squares = _squares(base, update, dtype)
+    else:
+        found = norms(base, update, dtype)
+    rest = (update, magnitude, found, squares, base.backend)
+    return ops.scaled_linear(x, base.weight, base.bias, *rest)
 
 
 def apply(total: Tensor, magnitude: Tensor) -> Tensor:

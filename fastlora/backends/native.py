@@ -9,9 +9,10 @@ import torch
 from fastlora_kernels import native, native_group
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
-from fastlora_kernels.native import (
+from fastlora_kernels.native_columns import (
     scale_columns,
     scale_columns_backward,
+    scaled_linear,
     weight_dots,
     weight_squares,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "lora_linear_backward",
     "scale_columns",
     "scale_columns_backward",
+    "scaled_linear",
     "weight_dots",
     "weight_squares",
     "why_not",

@@ -9,12 +9,13 @@ from fastlora.ops.columns import scale_columns
 from fastlora.ops.dropout import drop, dropout_seed
 from fastlora.ops.group import linear_group
 from fastlora.ops.linear import linear
-from fastlora.ops.scaled import scaled_linear
+from fastlora.ops.scaled import finds_norms, scaled_linear
 from fastlora.ops.sums import weight_dots, weight_squares
 
 __all__ = [
     "drop",
     "dropout_seed",
+    "finds_norms",
     "linear",
     "linear_group",
     "scale_columns",

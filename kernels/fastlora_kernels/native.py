@@ -27,12 +27,8 @@ __all__ = [
     "lora_linear",
     "lora_linear_backward",
     "quantize_4bit",
-    "scale_columns",
-    "scale_columns_backward",
     "set_isa",
     "source_id",
-    "weight_dots",
-    "weight_squares",
 ]
 
 
@@ -131,92 +127,6 @@ def lora_linear_backward(
     )
     check(status, "fastlora_lora_linear_backward")
     return dx, da, db
-
-
-def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
-    """``a W^T``, with W decoded to `dtype` and sums in float32.
-
-    Args:
-        a: (R, K) float32 or `dtype`.
-        weight: (N, K): 4-bit, or dense of `dtype`.
-        n: rows of the weight.
-        dtype: float32 or bfloat16.
-
-    Returns:
-        (R, N) float32.
-    """
-    a, weight = a.contiguous(), contiguous(weight)
-    r, k = a.shape
-    out = a.new_empty((r, n), dtype=torch.float32)
-    view, threads = describe(weight, n, k), torch.get_num_threads()
-    status = library().fastlora_weight_dots(
-        DTYPES[dtype], DTYPES[a.dtype], r, a.data_ptr(), view, out.data_ptr(), threads
-    )
-    check(status, "fastlora_weight_dots")
-    return out
-
-
-def weight_squares(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Sum of squares of each row of a weight (n, k) decoded to `dtype`: (n,) float32."""
-    weight = contiguous(weight)
-    out = torch.empty(n, dtype=torch.float32)
-    view, threads = describe(weight, n, k), torch.get_num_threads()
-    status = library().fastlora_weight_squares(DTYPES[dtype], view, out.data_ptr(), threads)
-    check(status, "fastlora_weight_squares")
-    return out
-
-
-def scale_columns(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``z * scale + bias`` in float32, rounded once.
-
-    Args:
-        z: (M, N) float32 or bfloat16.
-        scale: (N,) float32.
-        bias: (N,) any float, or None.
-
-    Returns:
-        (M, N) in z's dtype.
-    """
-    z, scale = z.contiguous(), scale.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    m, n = z.shape
-    y = torch.empty_like(z)
-    pointers = (z.data_ptr(), scale.data_ptr(), pointer(bias), y.data_ptr())
-    status = library().fastlora_scale_columns(
-        DTYPES[z.dtype], m, n, *pointers, torch.get_num_threads()
-    )
-    check(status, "fastlora_scale_columns")
-    return y
-
-
-def scale_columns_backward(
-    dy: Tensor, z: Tensor | None, scale: Tensor, need_dz: bool, need_dscale: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `scale_columns`: dz (M, N) in dy's dtype and dscale (N,) float32.
-
-    What is not needed comes back without elements; z is needed for `need_dscale`.
-    """
-    dy, scale = by_rows(dy), scale.contiguous()
-    z = None if z is None or not need_dscale else z.contiguous()
-    m, n = dy.shape
-    dz = dy.new_empty((m, n) if need_dz else (0,))
-    dscale = scale.new_empty(n if need_dscale else 0)
-    if m == 0:
-        return dz, dscale.zero_()
-    status = library().fastlora_scale_columns_backward(
-        DTYPES[dy.dtype],
-        m,
-        n,
-        dy.data_ptr(),
-        dy.stride(0),
-        pointer(z),
-        scale.data_ptr(),
-        dz.data_ptr() if need_dz else None,
-        dscale.data_ptr() if need_dscale else None,
-        torch.get_num_threads(),
-    )
-    check(status, "fastlora_scale_columns_backward")
-    return dz, dscale
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:

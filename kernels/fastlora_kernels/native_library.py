@@ -17,7 +17,7 @@ import torch
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABI = 2
+_ABI = 3
 _REBUILD = "run `pip install -e .` (or `pip install --force-reinstall fastlora`) again"
 
 
@@ -75,6 +75,10 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     ),
     "fastlora_weight_dots": ([_i32, _i32, _i64, _p, _w, _p, _i32], _i32),
     "fastlora_weight_squares": ([_i32, _w, _p, _i32], _i32),
+    "fastlora_scaled_linear": (
+        [_i32, _i64, _p, _i64, _w, _l, _p, _p, _p, _p, _p, _p, _p, _i32],
+        _i32,
+    ),
     "fastlora_row_norms": ([_i32, _i64, _i64, _p, _p, _p, _p, ctypes.c_float, _p, _i32], _i32),
     "fastlora_products": ([_i32, _i32, _p, _p, _p, _p, _i32], _i32),
     "fastlora_products_backward": ([_i32, _i32, _p, _p, _p, _p, _p, _p, _i32], _i32),
