@@ -19,7 +19,7 @@ from fastlora.adapters import METHODS, AdapterConfig, magnitude
 from fastlora.layers import AdapterLinear, to_adapter_linear
 from fastlora.quant import QuantConfig
 from tests.models import fill_adapters, peft_model, plain
-from tests.parity import assert_same, twin
+from tests.twins import assert_same, twin
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
 REFERENCE: dict[str, Any] = {"backend": "reference"}

@@ -13,7 +13,7 @@ import fastlora
 from fastlora import LoHaConfig, patch_model
 from fastlora.config import from_fields
 from tests.models import fill_adapters, peft_model, plain
-from tests.parity import assert_same, twin
+from tests.twins import assert_same, twin
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
 REFERENCE: dict[str, Any] = {"backend": "reference"}

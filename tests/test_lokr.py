@@ -14,7 +14,7 @@ from fastlora import LoKrConfig, patch_model
 from fastlora.adapters import METHODS
 from fastlora.adapters.lokr import divide
 from tests.models import fill_adapters, peft_model, plain
-from tests.parity import assert_same, twin
+from tests.twins import assert_same, twin
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
 REFERENCE: dict[str, Any] = {"backend": "reference"}
