@@ -78,7 +78,8 @@ def load_adapter(
     path = Path(directory)
     config = _read_config(path / CONFIG)
     tensors = adapter_files.read_tensors(path / WEIGHTS)
-    record = find_record(model) if isinstance(model, nn.Module) else None
+    patched = isinstance(model, nn.Module) and find_record(model) is not None
+    record = the_record(model) if patched else None
     if record is None:
         _, quant = check_arguments(model, config, quantize, backend, 0)
         plan = make_plan(model, config, quant, backend)

@@ -13,6 +13,7 @@ from fastlora.adapters import AdapterConfig, method_of
 from fastlora.config import as_config
 from fastlora.dispatch import check_backend
 from fastlora.fuse import unfuse
+from fastlora.in_place import InPlace, accelerate, restore
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
 from fastlora.plan import Plan, make_plan
 from fastlora.quant import QuantConfig
@@ -57,6 +58,10 @@ def patch_model(
 ) -> nn.Module:
     """Return the same model with adapters and 4-bit weights in place of its linears.
 
+    Without config and quantize: the same model with the layers that PEFT (LoRA, DoRA, LoHa, LoKr)
+    or bitsandbytes (4-bit) put there run by fastlora's kernels. They keep their parameters, names
+    and methods.
+
     With a config its targets get adapters, and all other parameters are frozen. `quantize` stores
     every nn.Linear in 4 bits, targets or not, but the output head (`get_output_embeddings()`); a
     model that does not know its head gets 4-bit weights only in the targets, or, without a config,
@@ -66,17 +71,17 @@ def patch_model(
 
     Args:
         model: any nn.Module that contains nn.Linear modules.
-        config: `LoraConfig`, or PEFT's config object.
+        config: `LoraConfig`, or PEFT's config object; None: no adapter of ours.
         quantize: None, "nf4", "fp4" or a `QuantConfig`.
         backend: "auto", or the name of one backend for every layer.
         seed: of the adapter's first values, which do not depend on the global generator.
 
     Raises:
         TypeError: an argument or a target module is of the wrong kind.
-        ValueError: the model is patched already, a target matches nothing or does not fit, or a
-            weight is not finite.
+        ValueError: the model is patched already, a target matches nothing or does not fit, a
+            weight is not finite, or there is nothing to accelerate.
         NotImplementedError: no backend takes a layer; the message gives each one's reason.
-        ImportError: the native CPU library is missing.
+        ImportError: the native CPU library is missing, or a library's version is not supported.
     """
     config, quant = check_arguments(model, config, quantize, backend, seed)
     if find_record(model) is not None:
@@ -84,6 +89,9 @@ def patch_model(
             "patch_model takes a model that is not patched yet, but this one is; call unpatch or"
             " merge first"
         )
+    if config is None and quant is None:
+        setattr(model, RECORD, accelerate(model, backend, tensor_bytes(model)))
+        return model
     plan = make_plan(model, config, quant, backend)
     apply_plan(model, plan, config, quant, backend, seed)
     return model
@@ -107,15 +115,13 @@ def check_arguments(
             f"quantize must be None, a format name or a QuantConfig, got {quantize!r}; pass one"
         )
     quant = QuantConfig(quantize) if isinstance(quantize, str) else quantize
-    if config is None and quant is None:
-        raise ValueError("patch_model needs a config or quantize, got neither; pass one of them")
     return None if config is None else as_config(config), quant
 
 
-def find_record(model: nn.Module) -> Record | None:
+def find_record(model: nn.Module) -> Record | InPlace | None:
     """Return what a patch did to the model, or None; also if only a part of it is patched."""
     record = getattr(model, RECORD, None)
-    if isinstance(record, Record):
+    if isinstance(record, (Record, InPlace)):
         return record
     for name, part in model.named_modules():
         if isinstance(part, AdapterLinear) or hasattr(part, RECORD):
@@ -128,6 +134,21 @@ def find_record(model: nn.Module) -> Record | None:
 
 def the_record(model: nn.Module) -> Record:
     """Return what a patch did to the model.
+
+    Raises:
+        ValueError: the model is not patched, or its layers are another library's.
+    """
+    record = any_record(model)
+    if isinstance(record, InPlace):
+        raise ValueError(
+            "the adapters must be fastlora's own, but this model's are PEFT's, accelerated in"
+            " place; use PEFT's methods: save_pretrained, load_adapter, merge_and_unload"
+        )
+    return record
+
+
+def any_record(model: nn.Module) -> Record | InPlace:
+    """Return what a patch did to the model, with layers of our own or in place.
 
     Raises:
         ValueError: the model is not patched.
@@ -207,7 +228,11 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     Raises:
         ValueError: the model is not patched, or has 4-bit layers and `dequantize` is False.
     """
-    record = the_record(model)
+    record = any_record(model)
+    if isinstance(record, InPlace):
+        restore(model)
+        delattr(model, RECORD)
+        return model
     if record.plan.quant and not dequantize:
         raise ValueError(
             f"unpatch can't bring back {len(record.plan.quant)} dense weights that were replaced by"

@@ -9,8 +9,9 @@ from torch import nn
 from fastlora.adapters import METHODS, magnitude
 from fastlora.dispatch import Problem, pick
 from fastlora.fuse import partners
+from fastlora.in_place import Accelerated, InPlace
 from fastlora.layers import AdapterLinear, QuantizedLinear
-from fastlora.patch import Record, tensor_bytes, the_record
+from fastlora.patch import Record, any_record, tensor_bytes
 
 BATCH = 512  # tokens of the training batch that the backend is named for
 _COLUMNS = ("module", "method", "r", "scaling", "format", "backend", "shape", "bytes", "notes")
@@ -47,7 +48,9 @@ def report(model: nn.Module) -> Report:
         ValueError: the model is not patched.
         ImportError: the native CPU library is missing.
     """
-    record = the_record(model)
+    record = any_record(model)
+    if isinstance(record, InPlace):
+        return _in_place(model, record)
     modules = [
         _row(name, module, record)
         for name, module in model.named_modules()
@@ -63,6 +66,31 @@ def report(model: nn.Module) -> Report:
         "bytes_after": tensor_bytes(model),
     }
     return Report(modules=modules, skipped=dict(record.plan.skipped), totals=totals)
+
+
+def _in_place(model: nn.Module, record: InPlace) -> Report:
+    """Return the report of a model whose layers are another library's."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Accelerated)}
+    inner = {f"{name}.base_layer" for name in found}  # part of its layer's row
+    rows = [
+        {
+            "module": name,
+            **module.describe(),
+            "backend": _picked(module.problem(), module.fastlora_state.backend),
+            "notes": record.notes.get(name, ""),
+        }
+        for name, module in found.items()
+        if name not in inner
+    ]
+    parameters = list(model.parameters())
+    hidden = sum(module.hidden() for module in found.values())
+    totals = {
+        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+        "all_params": sum(p.numel() for p in parameters) + hidden,
+        "bytes_before": record.nbytes,
+        "bytes_after": tensor_bytes(model),
+    }
+    return Report(modules=rows, skipped=dict(record.skipped), totals=totals)
 
 
 def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
@@ -98,8 +126,12 @@ def _backend(module: AdapterLinear) -> str:
     problem = Problem(
         "lora_linear", *kind, BATCH, module.out_features, module.in_features, r, adapter
     )
+    return _picked(problem, module.backend)
+
+
+def _picked(problem: Problem, backend: str) -> str:
     try:
-        return pick(problem, module.backend).__name__.rpartition(".")[2]
+        return pick(problem, backend).__name__.rpartition(".")[2]
     except NotImplementedError:
         return "none"
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["kron", "factors", "multi", "operands", "functional", "products"],
     ["adapters"],
     ["config", "layers"],
-    ["sharing", "fuse", "plan", "patch", "report"],
+    ["sharing", "fuse", "in_place", "plan", "patch", "report"],
     ["adapter_files", "checkpoint"],
     ["__init__"],
     ["integrations"],

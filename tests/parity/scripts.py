@@ -52,6 +52,8 @@ def run(script: Script, with_the_line: bool, directory: Path) -> Outcome:
     if script.base == "bnb":
         model = offline.to_bnb(model, script.dtype)
     model = offline.peft_model(model, script.method, task_type="CAUSAL_LM")
+    if script.dtype == torch.float32:
+        model.base_model.model.is_loaded_in_4bit = False  # else TRL makes adapters bfloat16
     if with_the_line:
         fastlora.patch_model(model)
     if script.trainer == "plain":

@@ -1,0 +1,175 @@
+"""Accelerate in place the layers that another library put into a model.
+
+A plug-in of `fastlora.integrations` knows the layers of one library. It is imported only when a
+model holds such a layer. A layer keeps its parameters, buffers and names: its class becomes a
+subclass of what it was, with another `forward`, so that everything else about it stays.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters import Cache
+from fastlora.dispatch import Problem, pick
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PLUGINS = {
+    "peft": "fastlora.integrations.peft_layers",
+    "bitsandbytes": "fastlora.integrations.bnb_layers",
+}
+STATE = "fastlora_state"
+
+
+@dataclass
+class State:
+    """What an accelerated layer has besides what it had."""
+
+    backend: str
+    cache: Cache
+
+
+class Swap(NamedTuple):
+    """What becomes of a layer: its new class, and what the report says of it."""
+
+    cls: type[Accelerated]
+    notes: str
+
+
+@dataclass
+class InPlace:
+    """What was done to a model, kept on it as `model._fastlora`.
+
+    Attributes:
+        names: the accelerated layers.
+        skipped: layers of the same libraries that were left as they are, with the reason.
+        notes: what the report says of a layer, by name.
+        backend: "auto" or the name of a backend.
+        nbytes: bytes of the model's tensors before.
+    """
+
+    names: list[str]
+    skipped: dict[str, str]
+    notes: dict[str, str]
+    backend: str
+    nbytes: int
+
+
+class Accelerated(nn.Module):
+    """Mixed into a layer's class, before it.
+
+    Attributes:
+        plain: the class that the layer had.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    fastlora_state: State
+
+    def problem(self) -> Problem:
+        """Return a training batch of this layer."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report's columns of this layer: method, r, scaling, format, shape, bytes."""
+        raise NotImplementedError
+
+    def hidden(self) -> int:
+        """Return how many values a packed weight of this layer holds beyond its bytes."""
+        return 0
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as every module does, and forget what was remembered."""
+        self.fastlora_state.cache.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.fastlora_state.cache.drop()
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+
+def plan(model: nn.Module, backend: str) -> tuple[dict[str, Swap], dict[str, str]]:
+    """Return the layers that can be accelerated, and the reason for each one that cannot.
+
+    Raises:
+        ValueError: a layer's tensors are on several devices.
+        ImportError: a library's version is not supported.
+    """
+    swaps: dict[str, Swap] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        library = type(module).__module__.partition(".")[0]
+        if library not in PLUGINS:
+            continue
+        found = importlib.import_module(PLUGINS[library]).plan(name, module, backend)
+        if isinstance(found, Swap):
+            swaps[name] = found
+        elif found is not None:
+            skipped[name] = found
+    return swaps, skipped
+
+
+def refusal(module: nn.Module, problem: Problem, backend: str) -> str | None:
+    """Return why no backend runs a layer, or None."""
+    try:
+        pick(problem, backend)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def one_device(name: str, tensors: list[Tensor]) -> torch.device:
+    """Return the device of a layer's tensors.
+
+    Raises:
+        ValueError: they are on several.
+    """
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"the tensors of {name!r} must be on one device, got {listed}; move the layer to one"
+        )
+    return devices.pop()
+
+
+def accelerate(model: nn.Module, backend: str, nbytes: int) -> InPlace:
+    """Swap the classes of all layers that can be accelerated; all or none.
+
+    Raises:
+        ValueError: there is none, or a layer's tensors are on several devices.
+        ImportError: a library's version is not supported.
+    """
+    swaps, skipped = plan(model, backend)
+    if not swaps:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(
+            "patch_model without config and quantize needs a model with layers of PEFT or"
+            " bitsandbytes that it can accelerate, "
+            + (f"but has none ({reasons}); " if skipped else "got one without any; ")
+            + "pass a config or quantize"
+        )
+    for name, swap in swaps.items():
+        module = cast(Any, model.get_submodule(name) if name else model)
+        setattr(module, STATE, State(backend, Cache()))
+        module.__class__ = swap.cls
+        prepare = getattr(module, "prepare", None)
+        if prepare is not None:
+            prepare()
+    notes = {name: swap.notes for name, swap in swaps.items() if swap.notes}
+    return InPlace(list(swaps), skipped, notes, backend, nbytes)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every accelerated layer the class that it had."""
+    for module in list(model.modules()):
+        if isinstance(module, Accelerated):
+            plain = module.plain
+            delattr(module, STATE)
+            module.__class__ = plain  # type: ignore[assignment]

@@ -1,0 +1,155 @@
+"""bitsandbytes' 4-bit linear, run by fastlora's kernels on the same packed bytes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
+from torch import Tensor, nn
+
+from fastlora import ops
+from fastlora.dispatch import Problem
+from fastlora.in_place import Accelerated, Swap, one_device, refusal
+from fastlora.integrations.versions import check_version
+from fastlora.quant import QuantizedWeight
+
+BATCH = 512
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quant_state(module: Any) -> Any:
+    """Return the quant state of a 4-bit linear, or None before it is quantised."""
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def stored(module: Any) -> StoredWeight:
+    """Return the weight (N, K) as kernels read it, sharing memory; it is remembered."""
+    state = quant_state(module)
+    packed = module.weight.detach().as_subclass(Tensor)
+
+    def read() -> StoredWeight:
+        return QuantizedWeight.from_bnb((packed, state)).stored()
+
+    cache = module.fastlora_state.cache
+    kept: StoredWeight = cache.frozen("stored", (packed,), read, also=_Same(state))
+    return kept
+
+
+class _Same:
+    """Equal to itself alone, by the identity of what it holds."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def input_of(module: Any, x: Tensor) -> Tensor:
+    """Return x in the dtype that the layer computes in, which bitsandbytes may choose by x."""
+    if not module.compute_type_is_set:
+        module.set_compute_type(x)
+        module.compute_type_is_set = True
+    return x if module.compute_dtype is None else x.to(module.compute_dtype)
+
+
+def computes(module: Any, x: Tensor) -> bool:
+    """Return whether kernels take x as this layer would compute it."""
+    wanted = module.compute_dtype if module.compute_type_is_set else x.dtype
+    return quant_state(module) is not None and (wanted or x.dtype) in FLOATS
+
+
+class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A 4-bit linear of bitsandbytes; PEFT knows it by this name too."""
+
+    plain: ClassVar[type[nn.Module]] = bnb.nn.Linear4bit
+
+    def prepare(self) -> None:
+        """Undo the layout of bitsandbytes' own CPU kernel, as bitsandbytes does in training."""
+        state = quant_state(self)
+        if getattr(state, "packing_format_for_cpu", False):
+            data, state = _convert_weight_packed_for_cpu_inverse(self.weight.data, state)
+            weight: Any = self.weight
+            weight.data, weight.quant_state = data, state
+            self.quant_state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + bias``; x is (..., K)."""
+        if not computes(self, x):
+            other: Tensor = super().forward(x)
+            return other
+        bias, backend = self._parameters["bias"], self.fastlora_state.backend
+        return ops.linear(input_of(self, x), stored(self), bias, None, backend).to(x.dtype)
+
+    def problem(self) -> Problem:
+        """Return a training batch of this layer."""
+        return problem(self, 0, None)
+
+    def hidden(self) -> int:
+        """Return how many values the weight holds beyond its bytes."""
+        n, k = quant_state(self).shape
+        packed = self._parameters["weight"]
+        return 0 if packed is None else int(n * k - packed.numel())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report's columns."""
+        return {"method": None, "r": None, "scaling": None, **weight_columns(self)}
+
+
+def weight_columns(module: Any) -> dict[str, Any]:
+    """Return the report's columns of a linear's weight: format, shape and bytes."""
+    state = quant_state(module) if isinstance(module, bnb.nn.Linear4bit) else None
+    nbytes = sum(p.nbytes for p in module.parameters(recurse=False))
+    if state is None:
+        return {"format": "dense", "shape": tuple(module.weight.shape), "bytes": nbytes}
+    parts = [state.absmax, getattr(state.state2, "absmax", None)]
+    nbytes += sum(t.nbytes for t in parts if t is not None)
+    return {"format": state.quant_type, "shape": tuple(state.shape), "bytes": nbytes}
+
+
+def problem(module: Any, r: int, adapter: torch.dtype | None) -> Problem:
+    """Return the problem of a training batch on a 4-bit or dense linear."""
+    if isinstance(module, bnb.nn.Linear4bit):
+        state, dtype = quant_state(module), module.compute_dtype or quant_state(module).dtype
+        (n, k), kind = state.shape, (state.quant_type, state.blocksize)
+    else:
+        (n, k), dtype, kind = module.weight.shape, module.weight.dtype, ("dense", 0)
+    device = module.weight.device.type
+    return Problem("lora_linear", device, dtype, *kind, BATCH, n, k, r, adapter)
+
+
+def why_not(name: str, module: Any, backend: str) -> str | None:
+    """Return why a 4-bit linear can't be accelerated, or None."""
+    state = quant_state(module)
+    if state is None:
+        return "not quantised yet: move the model to its device first"
+    if state.quant_type not in FORMATS or state.blocksize not in BLOCKSIZES:
+        return f"stored as {state.quant_type} in blocks of {state.blocksize}"
+    if len(state.shape) != 2:
+        return f"a weight of {len(state.shape)} dimensions"
+    one_device(name, [module.weight, state.absmax, *_biases(module)])
+    return refusal(module, problem(module, 0, None), backend)
+
+
+def _biases(module: Any) -> list[Tensor]:
+    return [] if module.bias is None else [module.bias]
+
+
+def plan(name: str, module: nn.Module, backend: str) -> Swap | str | None:
+    """Return what becomes of a layer of bitsandbytes, or why nothing does; None: it is no layer."""
+    if type(module) is not bnb.nn.Linear4bit:
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            return f"bitsandbytes' {type(module).__name__} is left to bitsandbytes"
+        return None
+    check_version("bitsandbytes")
+    reason = why_not(name, module, backend)
+    if reason is not None:
+        return reason
+    packed = getattr(quant_state(module), "packing_format_for_cpu", False)
+    return Swap(Linear4bit, "repacked from bitsandbytes' CPU layout" if packed else "")
