@@ -337,7 +337,7 @@ HEAD = {"target_modules": ["head"]}
 BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (lambda: 3, {}, {}, TypeError, "model must be an nn.Module, got int"),
     (lambda: nn.Linear(4, 4), {}, {}, TypeError, "got a bare nn.Linear; wrap it"),
-    (plain, None, {}, ValueError, "patch_model needs a config or quantize, got neither"),
+    (plain, None, {}, ValueError, "without config and quantize needs a model with"),
     (plain, "lora", {}, TypeError, "config must be one of .* or PEFT's config, got str"),
     (plain, {"target_modules": ["q_proj"]}, {}, ValueError,
      r"linears are named \['down', 'head', 'up'\]"),

@@ -30,7 +30,10 @@ def made(kind: str, cls: str = "LlamaForCausalLM", task: str = "CAUSAL_LM", **mo
         return fastlora.patch_model(model, config, quantize="nf4")
     if kind == "peft bnb":
         model = offline.to_bnb(model, torch.float32)
-    return fastlora.patch_model(offline.peft_model(model, task_type=task))
+    model = offline.peft_model(model, task_type=task)
+    if task != "CAUSAL_LM":
+        model.base_model.model.is_loaded_in_4bit = False  # else TRL makes the new head bfloat16
+    return fastlora.patch_model(model)
 
 
 def rows() -> Any:
