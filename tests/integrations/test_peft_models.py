@@ -165,15 +165,15 @@ def test_switching_adapters(base: str) -> None:
         each.set_adapter("sum")
     with torch.no_grad():
         assert_close({"y": model(X)}, {"y": plain(X)}, 2e-5)
-    names = ["default", "other", "__base__"]
-    model.eval(), plain.eval()
-    with torch.no_grad():
-        mine, theirs = (each(X, adapter_names=names) for each in models)
-    assert_close({"y": mine}, {"y": theirs}, 2e-5)
     for each in models:
         each.delete_adapter("sum")
         each.set_adapter("default")
     assert_close(results(model), results(plain), 2e-5)
+    names = ["default", "other", "__base__"]
+    model.eval(), plain.eval()  # in which bitsandbytes computes coarsely
+    with torch.no_grad():
+        mine, theirs = (each(X, adapter_names=names) for each in models)
+    assert_close({"y": mine}, {"y": theirs}, 2e-5 if base == "dense" else 3e-3)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr"])
