@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from fastlora.ops.library import no_autocast
@@ -57,6 +56,17 @@ def best_order(w1: Factor, w2: Factor) -> tuple[int, tuple[int, ...]]:
     return min([(flops(order), order) for order in _orders(len(parts[0]), len(parts[1]))])
 
 
+def _along_columns(y: Tensor, w: Tensor) -> Tensor:
+    """Return ``y w^T`` for y (M, a, b); always one matmul, with or without a gradient."""
+    m, a, b = y.shape
+    return (y.reshape(m * a, b) @ w.t()).view(m, a, w.shape[0])
+
+
+def _along_rows(y: Tensor, w: Tensor) -> Tensor:
+    """Return ``w y`` for y (M, a, b)."""
+    return _along_columns(y.transpose(1, 2), w).transpose(1, 2)
+
+
 def kron_product(x: Tensor, w1: Factor, w2: Factor) -> Tensor:
     """Return ``x kron(w1, w2)^T``, computed in the dtype of the factors.
 
@@ -78,7 +88,7 @@ def kron_product(x: Tensor, w1: Factor, w2: Factor) -> Tensor:
         y = x.to(halves(w1)[0].dtype).reshape(-1, k1, k2)  # (M, k1, k2)
         for dim in best_order(w1, w2)[1]:
             w = next(todo[dim])
-            y = torch.matmul(w, y) if dim == 0 else torch.matmul(y, w.t())
+            y = _along_rows(y, w) if dim == 0 else _along_columns(y, w)
         return y.reshape(*lead, n1 * n2)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -120,12 +120,12 @@ class LoKr(Product):
         update = self.update(base.cache, params, spec, training)
         if update is not None:
             return self.low_rank_call(x, base, params, spec, update, training)
-        w1, w2 = _factor(params, W1), _factor(params, W2)
+        w1, w2 = _scaled(_factor(params, W1), spec.scaling), _factor(params, W2)
 
         def finish(y: Tensor) -> Tensor:
-            delta = kron_product(x, w1, w2) * spec.scaling
+            delta = kron_product(x, w1, w2)
             rows = keep_rows(spec, y.shape[-1], y.device, training)
-            return (y + (delta if rows is None else delta * rows)).to(y.dtype)
+            return _add(y, delta if rows is None else delta * rows)
 
         return Call(x, base.bias, None, finish)
 
@@ -142,6 +142,32 @@ def _factor(params: Mapping[str, Tensor], name: str) -> Factor:
     if name in params:
         return params[name]
     return params[f"{name}_a"], params[f"{name}_b"]
+
+
+class _Add(torch.autograd.Function):
+    """The sum in the first one's dtype, in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, delta: Tensor) -> Tensor:
+        ctx.dtype = delta.dtype
+        out = torch.empty_like(y)
+        return torch.add(y, delta, out=out)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.to(ctx.dtype)
+
+
+def _add(y: Tensor, delta: Tensor) -> Tensor:
+    """Return ``y + delta`` in y's dtype, rounded once."""
+    if y.dtype == delta.dtype or torch.compiler.is_compiling():
+        return (y + delta).to(y.dtype)
+    return cast(Tensor, _Add.apply(y, delta))  # type: ignore[no-untyped-call]
+
+
+def _scaled(w: Factor, scaling: float) -> Factor:
+    """Return a factor, much smaller than what it is multiplied with, times the scaling."""
+    return w * scaling if isinstance(w, Tensor) else (w[0] * scaling, w[1])
 
 
 def _whole(params: Mapping[str, Tensor], name: str) -> Tensor:
