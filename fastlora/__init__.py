@@ -1,5 +1,8 @@
 """Fused 4-bit and low-rank layers for fine-tuning large models: the public names."""
 
+import importlib
+from typing import Any
+
 from fastlora.adapters.loha import LoHaConfig
 from fastlora.adapters.lokr import LoKrConfig
 from fastlora.adapters.lora import LoraConfig
@@ -11,8 +14,23 @@ from fastlora.products import hada_linear, kron_linear
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
 from fastlora.report import report
 
+_LATER = {
+    "FastLoraQuantConfig": "fastlora.integrations.quantizer",
+    "from_pretrained": "fastlora.integrations.pretrained",
+    "save_quantized": "fastlora.integrations.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
 __version__ = "0.1.0"
 __all__ = [
+    "FastLoraQuantConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
@@ -20,6 +38,7 @@ __all__ = [
     "QuantizedWeight",
     "__version__",
     "dora_linear",
+    "from_pretrained",
     "fuse_groups",
     "hada_linear",
     "kron_linear",
@@ -31,5 +50,6 @@ __all__ = [
     "quantize_4bit",
     "report",
     "save_adapter",
+    "save_quantized",
     "unpatch",
 ]

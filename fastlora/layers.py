@@ -246,7 +246,8 @@ def to_adapter_linear(
     """Turn an nn.Linear into one of these modules, in place.
 
     Args:
-        linear: exactly an nn.Linear, checked by the caller.
+        linear: exactly an nn.Linear, checked by the caller, or one of these without an adapter,
+            whose weight is kept as it is.
         spec: its adapter, or None.
         params: the adapter's first values by name; they get the weight's device.
         quant: how to store the weight in 4 bits; None keeps it dense.
@@ -254,8 +255,11 @@ def to_adapter_linear(
     """
     dense = linear.weight.detach()
     wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
-    linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
     module: Any = linear
+    if isinstance(linear, AdapterLinear):
+        quant = None
+    else:
+        linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
     module.adapter, module.backend, module.cache = spec, backend, Cache()
     module.weight.requires_grad_(False)
     if quant is not None:

@@ -58,7 +58,8 @@ def patch_model(
 ) -> nn.Module:
     """Return the same model with adapters and 4-bit weights in place of its linears.
 
-    Without config and quantize: the same model with the layers that PEFT (LoRA, DoRA, LoHa, LoKr)
+    A model whose weights were only quantised before takes a config later. Without config and
+    quantize: the same model with the layers that PEFT (LoRA, DoRA, LoHa, LoKr)
     or bitsandbytes (4-bit) put there run by fastlora's kernels. They keep their parameters, names
     and methods.
 
@@ -84,7 +85,11 @@ def patch_model(
         ImportError: the native CPU library is missing, or a library's version is not supported.
     """
     config, quant = check_arguments(model, config, quantize, backend, seed)
-    if find_record(model) is not None:
+    before = find_record(model)
+    if isinstance(before, Record) and before.config is None and config and quant is None:
+        _add_adapters(model, before, config, backend, seed)
+        return model
+    if before is not None:
         raise ValueError(
             "patch_model takes a model that is not patched yet, but this one is; call unpatch or"
             " merge first"
@@ -95,6 +100,20 @@ def patch_model(
     plan = make_plan(model, config, quant, backend)
     apply_plan(model, plan, config, quant, backend, seed)
     return model
+
+
+def _add_adapters(
+    model: nn.Module, before: Record, config: AdapterConfig, backend: str, seed: int
+) -> None:
+    """Add adapters to a model whose weights were only quantised."""
+    plan = make_plan(model, config, None, backend)
+    record = apply_plan(model, plan, config, before.quant, backend, seed)
+    plan.quant = before.plan.quant
+    for name, spec in before.plan.specs.items():
+        plan.specs.setdefault(name, spec)
+        plan.skipped.pop(name, None)
+    record.nbytes, record.trained = before.nbytes, before.trained
+    record.attributes = [*before.attributes, *record.attributes]
 
 
 def check_arguments(

@@ -1,0 +1,241 @@
+"""Load a transformers checkpoint straight into 4-bit linears, and save one that others load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastlora_kernels.formats import FORMATS
+from torch import nn
+
+from fastlora.integrations.quantizer import FastLoraQuantConfig
+from fastlora.integrations.versions import check_version
+from fastlora.layers import QuantizedLinear
+from fastlora.patch import patch_model, the_record
+from fastlora.quant import QuantConfig
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+
+def from_pretrained(
+    name: str | os.PathLike[str],
+    config: object | None = None,
+    *,
+    quantize: str | QuantConfig | None = "nf4",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "auto",
+    auto_class: str = "AutoModelForCausalLM",
+    skip_modules: list[str] | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Return a patched model from a transformers checkpoint, without ever holding it in full.
+
+    The checkpoint is read tensor by tensor; each linear's weight is packed as it comes and the
+    dense one dropped. Beside the packed model no more memory is used than the largest tensor takes
+    in the checkpoint and in float32, and about 64 MiB. A checkpoint that bitsandbytes, or
+    `save_quantized`, has packed is read as it is.
+
+    Args:
+        name: a directory, or a hub id.
+        config: an adapter config; None: none is added.
+        quantize: None, "nf4", "fp4" or a `QuantConfig`; a packed checkpoint keeps its own.
+        device: where the model is to be.
+        dtype: of what is not packed and of activations; "auto": the checkpoint's.
+        auto_class: the class of transformers that loads it.
+        skip_modules: linears that stay dense; None: the output head and what the model keeps in
+            float32.
+        backend: "auto", or the name of one backend.
+        seed: of the adapter's first values.
+        options: handed on to the class's `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, pickled, or of another kind; or a target does not
+            fit.
+        FileNotFoundError: the directory or a file of it is missing.
+        ImportError: the version of transformers is not supported.
+    """
+    check_version("transformers")
+    import transformers
+
+    path, found = Path(name), None
+    if path.is_dir():
+        found = _check_directory(path)
+    quant = QuantConfig(quantize) if isinstance(quantize, str) else quantize
+    options = {"dtype": dtype, "device_map": {"": str(device)}, "use_safetensors": True, **options}
+    if found is not None:
+        options["config"] = _own_config(transformers, path, found, backend)
+    elif quant is not None:
+        options["quantization_config"] = FastLoraQuantConfig(
+            quant.quant_type, quant.blocksize, quant.double_quant, skip_modules, backend
+        )
+    model = getattr(transformers, auto_class).from_pretrained(str(name), **options)
+    if config is not None:
+        patch_model(model, config, backend=backend, seed=seed)
+    return model
+
+
+def _check_directory(path: Path) -> dict[str, Any] | None:
+    """Return how a checkpoint is packed, None where it is not; raise unless it is whole."""
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"a checkpoint must hold {CONFIG}, but {path} does not; pass the directory that"
+            " save_pretrained wrote"
+        )
+    shards = sorted(path.glob("*.safetensors"))
+    if (path / INDEX).is_file():
+        named = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        shards = [path / shard for shard in named]
+    if not shards:
+        pickled = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
+        raise ValueError(
+            f"a checkpoint must be stored as safetensors, but {path} holds {pickled or 'none'};"
+            " convert it with transformers' save_pretrained"
+        )
+    for shard in shards:
+        _check_shard(shard)
+    packed = json.loads((path / CONFIG).read_text()).get("quantization_config")
+    if packed is None:
+        return None
+    if packed.get("quant_method") not in ("bitsandbytes", "fastlora"):
+        raise ValueError(
+            "a packed checkpoint must be in 4 bits of bitsandbytes or fastlora, got"
+            f" {packed.get('quant_method')!r}; load the full-precision one"
+        )
+    if packed["quant_method"] == "bitsandbytes" and not packed.get("load_in_4bit"):
+        raise ValueError(
+            "a checkpoint of bitsandbytes must be packed in 4 bits, got one in 8 bits; load the"
+            " full-precision one"
+        )
+    return dict(packed)
+
+
+def _check_shard(shard: Path) -> None:
+    """Raise unless a file is there and as long as its header says."""
+    if not shard.is_file():
+        raise FileNotFoundError(
+            f"every shard that {INDEX} names must be there, but {shard.name} is missing from"
+            f" {shard.parent}; fetch the checkpoint again"
+        )
+    size = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else {}
+    except (struct.error, ValueError):
+        header = {}
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    if not ends or 8 + length + max(ends) != size:
+        raise ValueError(
+            f"a shard must be whole, but {shard} is truncated or damaged; fetch the checkpoint"
+            " again"
+        )
+
+
+def _own_config(transformers: Any, path: Path, packed: dict[str, Any], backend: str) -> Any:
+    """Return the model's config, with fastlora in charge of the packed weights."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    own = packed["quant_method"] == "fastlora"
+    config.quantization_config = {
+        "quant_method": "fastlora",
+        "quant_type": packed["quant_type" if own else "bnb_4bit_quant_type"],
+        "blocksize": packed.get("blocksize", 64),
+        "double_quant": packed["double_quant" if own else "bnb_4bit_use_double_quant"],
+        "skip_modules": packed.get("skip_modules" if own else "llm_int8_skip_modules"),
+        "backend": backend,
+    }
+    return config
+
+
+def save_quantized(
+    model: nn.Module, directory: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write the packed base of a model so that transformers with bitsandbytes loads it.
+
+    The adapter is not part of it; see `save_adapter`. Files are written beside the directory and
+    renamed into place when they are complete.
+
+    Args:
+        model: a transformers model whose linears are in 4 bits.
+        directory: must not exist, unless `overwrite`.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: the model is not patched or has no 4-bit weight.
+        TypeError: it is no model of transformers.
+        FileExistsError: the directory exists.
+    """
+    record = the_record(model)
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"save_quantized takes a model of transformers, got {type(model).__name__}; save its"
+            " state_dict yourself"
+        )
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not packed:
+        raise ValueError("save_quantized needs 4-bit weights, but the model has none; quantise it")
+    target = Path(directory)
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"save_quantized needs a directory that does not exist, but {target} does; choose"
+            " another or pass overwrite=True"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(model, work, packed, set(record.plan.adapted))
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _write(model: Any, work: Path, packed: dict[str, QuantizedLinear], adapted: set[str]) -> None:
+    """Write config and shards into an empty directory, and force them to disk."""
+    from huggingface_hub import save_torch_state_dict
+
+    own = {f"{n}.{p}" for n in adapted for p in model.get_submodule(n).adapter_params()}
+    state = {key: value for key, value in model.state_dict().items() if key not in own}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {key: value.contiguous() for key, value in state.items() if key not in tied}
+    save_torch_state_dict(state, work, metadata={"format": "pt"})
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["quantization_config"] = _bnb_config(model, packed)
+    config["architectures"] = [type(model).__name__]
+    (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(work)
+    for file in work.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _bnb_config(model: nn.Module, packed: dict[str, QuantizedLinear]) -> dict[str, Any]:
+    """Return the quantization_config that transformers writes for bitsandbytes."""
+    first = next(iter(packed.values()))
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in packed
+    ]
+    assert first.quant.quant_type in FORMATS
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": first.quant.quant_type,
+        "bnb_4bit_use_double_quant": first.weight_nested_absmax is not None,
+        "bnb_4bit_compute_dtype": str(first.quant.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": kept or None,
+    }

@@ -1,0 +1,217 @@
+"""transformers' quantiser for fastlora: weights become 4-bit while a checkpoint is being read.
+
+Importing this file registers the method "fastlora" with transformers. A linear stays an nn.Linear
+on the meta device until its weight comes; then it becomes a `QuantizedLinear`, and the dense weight
+is dropped. No more than the largest tensor is there beside the packed model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from fastlora_kernels.formats import FORMATS
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fastlora.adapters import Cache
+from fastlora.integrations.versions import check_version
+from fastlora.layers import QuantizedLinear, to_adapter_linear
+from fastlora.patch import RECORD, Record, tensor_bytes
+from fastlora.plan import Plan, linears
+from fastlora.quant import QuantConfig, QuantizedWeight
+
+METHOD = "fastlora"
+_KEPT = "_fastlora_buffers"  # of a layer until the end of loading: transformers empties them
+
+
+@register_quantization_config(METHOD)
+class FastLoraQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained` stores linears; see `fastlora.QuantConfig`.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        blocksize: values per magnitude.
+        double_quant: store the magnitudes in 8 bits too.
+        skip_modules: names of linears that stay dense; None: the output head and what the model
+            keeps in float32.
+        backend: "auto", or the name of one backend.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        skip_modules: list[str] | None = None,
+        backend: str = "auto",
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        checked = QuantConfig(quant_type, blocksize, double_quant)
+        self.quant_type, self.blocksize = checked.quant_type, checked.blocksize
+        self.double_quant = checked.double_quant
+        self.skip_modules, self.backend = skip_modules, backend
+
+    @property
+    def quant(self) -> QuantConfig:
+        """The same as fastlora's own config."""
+        return QuantConfig(self.quant_type, self.blocksize, self.double_quant)
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """Turn the dense weight of a linear into a packed one."""
+
+    def __init__(self, quantizer: FastLoraQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, **_: Any
+    ) -> dict[str, nn.Parameter]:
+        done = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            module, _part = get_module_from_name(model, name)
+            if not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
+                raise ValueError(
+                    f"the weight {name!r} must be finite, but it holds NaN or infinity; repair the"
+                    " checkpoint"
+                )
+            module.weight = nn.Parameter(value, requires_grad=False)
+            config = self.quantizer.quantization_config
+            to_adapter_linear(module, None, {}, config.quant, config.backend)
+            vars(module)[_KEPT] = dict(module._buffers)
+            done[name] = module.weight
+        return done
+
+
+class _Deserialize(ConversionOps):  # type: ignore[misc]
+    """Take a packed weight with its magnitudes from the tensors that bitsandbytes writes."""
+
+    def __init__(self, quantizer: FastLoraQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Any]:
+        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        if len(tensors) == 1:
+            return tensors  # a weight that was kept dense
+        module, _part = get_module_from_name(model, full_layer_name)
+        packed = {_with(full_layer_name, key): value for key, value in tensors.items()}
+        weight = QuantizedWeight.from_state_dict(packed, full_layer_name)
+        if weight.shape != (module.out_features, module.in_features):
+            raise ValueError(
+                f"{full_layer_name!r} must have shape {(module.out_features, module.in_features)},"
+                f" got {weight.shape}; the checkpoint is of another model"
+            )
+        become_quantized(module, weight, self.quantizer.quantization_config.backend)
+        vars(module)[_KEPT] = dict(module._buffers)
+        return {"weight": module.weight}
+
+
+def _with(full: str, key: str) -> str:
+    return full.rpartition("weight")[0] + key
+
+
+def become_quantized(module: Any, weight: QuantizedWeight, backend: str) -> None:
+    """Turn an nn.Linear, perhaps on the meta device, into a 4-bit one with this weight."""
+    device = weight.packed.device
+    module.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+    module.__class__ = QuantizedLinear
+    module.adapter, module.backend, module.cache = None, backend, Cache()
+    module.set_quantized(weight)
+
+
+@register_quantizer(METHOD)
+class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Reads a checkpoint into 4-bit linears."""
+
+    requires_calibration = False
+    serialized_names = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            *(f"weight.quant_state.bitsandbytes__{name}" for name in sorted(FORMATS)),
+        ]
+    }
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Raise unless transformers' version is supported."""
+        check_version("transformers")
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per value of a packed weight."""
+        return 0.5
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Return whether a tensor of the checkpoint becomes a packed weight."""
+        _, part = get_module_from_name(model, param_name)
+        return part == "weight" and param_name.rpartition(".")[0] in self.wanted
+
+    def get_new_dtype(
+        self, converter: Any, param: Tensor, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Return None, keep it, for the tensors that describe a packed weight."""
+        packed = len(getattr(converter, "source_patterns", ())) > 1
+        return None if packed else super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        skip = self.get_modules_to_not_convert(
+            model, self.quantization_config.skip_modules, model._keep_in_fp32_modules
+        )
+        self.skipped = [n for n in linears(model) if _skips(skip, n)]
+        kinds = {name: type(module) for name, module in linears(model).items()}
+        self.wanted = {n for n, t in kinds.items() if t is nn.Linear and n not in self.skipped}
+        self.dense_bytes = tensor_bytes(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            module._buffers.update(vars(module).pop(_KEPT, {}))
+        quant = self.quantization_config.quant
+        found = linears(model)
+        plan = Plan()
+        for name, module in found.items():
+            if isinstance(module, QuantizedLinear):
+                plan.specs[name], plan.quant[name] = None, quant
+            else:
+                plan.skipped[name] = "kept dense"
+        trained = frozenset(name for name, p in model.named_parameters() if p.is_floating_point())
+        backend = self.quantization_config.backend
+        setattr(model, RECORD, Record(plan, None, quant, backend, self.dense_bytes, trained))
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what packs a dense weight."""
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """Return what reads packed weights."""
+        return {"deserialize": _Deserialize}
+
+    def is_serializable(self) -> bool:
+        """Return True: `save_pretrained` writes packed weights."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters train on the packed weights."""
+        return True
+
+
+def _skips(skip: list[str], name: str) -> bool:
+    parts = name.split(".")
+    return any(s == name or name.endswith(f".{s}") or s in parts for s in skip)
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model without its adapters."""
+    own = cast(Any, model).state_dict()
+    return {key: value for key, value in own.items() if "lora_" not in key}

@@ -1,0 +1,259 @@
+"""Loading checkpoints straight into 4-bit linears, and saving them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+
+import fastlora
+from fastlora.layers import QuantizedLinear
+from tests import offline
+
+BF16 = torch.bfloat16
+TOKENS = torch.randint(4, 20, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of several shards."""
+    path = tmp_path / "dense"
+    offline.llama(BF16).save_pretrained(path, max_shard_size="60KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        y: torch.Tensor = model.eval()(TOKENS).logits
+    return y
+
+
+def expected(**quant: Any) -> torch.Tensor:
+    """What patching the model in memory gives."""
+    model = offline.llama(BF16)
+    return logits(fastlora.patch_model(model, quantize=fastlora.QuantConfig(**quant)))
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """But for the rotary tables, which a cast of the whole model rounds."""
+    torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_are_those_of_patching(checkpoint: Path, quant_type: str, double: bool) -> None:
+    quant = fastlora.QuantConfig(quant_type, 64, double)
+    model = fastlora.from_pretrained(checkpoint, quantize=quant)
+    assert model.is_quantized and model.hf_quantizer.is_trainable
+    patched = fastlora.patch_model(offline.llama(BF16), quantize=quant)
+    mine, theirs = model.state_dict(), patched.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    close(logits(model), expected(quant_type=quant_type, double_quant=double))
+    report = fastlora.report(model)
+    assert len(report["modules"]) == 14 and report["skipped"] == {"lm_head": "kept dense"}
+
+
+def test_by_transformers_own_way(checkpoint: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=fastlora.FastLoraQuantConfig(quant_type="fp4"), dtype=BF16
+    )
+    assert isinstance(model.model.layers[1].mlp.up_proj, QuantizedLinear)
+    close(logits(model), expected(quant_type="fp4"))
+
+
+def test_what_transformers_saves_it_loads(checkpoint: Path, tmp_path: Path) -> None:
+    model = fastlora.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "own")
+    for again in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own"),
+        fastlora.from_pretrained(tmp_path / "own"),
+    ):
+        assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_bitsandbytes_loads_what_is_saved(checkpoint: Path, tmp_path: Path, double: bool) -> None:
+    quant = fastlora.QuantConfig("nf4", 64, double)
+    model = fastlora.from_pretrained(checkpoint, fastlora.LoraConfig(r=2), quantize=quant)
+    fastlora.save_quantized(model, tmp_path / "packed")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(other.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with torch.no_grad():
+        theirs = other.train()(TOKENS).logits  # in inference bitsandbytes computes coarsely
+    torch.testing.assert_close(theirs, logits(model), rtol=0.02, atol=0.02)
+    again = fastlora.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_adapters_train_on_what_was_loaded(checkpoint: Path) -> None:
+    model = fastlora.from_pretrained(checkpoint, fastlora.LoraConfig(r=4))
+    again = fastlora.patch_model(fastlora.from_pretrained(checkpoint), fastlora.LoraConfig(r=4))
+    assert torch.equal(logits(model), logits(again))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 28
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    merged: Any = fastlora.merge(model)
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_architectures(tmp_path: Path, tied: bool) -> None:
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    bert = fastlora.from_pretrained(
+        tmp_path / "bert", auto_class="AutoModelForSequenceClassification"
+    )
+    assert logits(bert).shape == (2, 3)
+    offline.llama(BF16, tie_word_embeddings=tied).save_pretrained(tmp_path / "llama")
+    model = fastlora.from_pretrained(tmp_path / "llama")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    fastlora.save_quantized(model, tmp_path / "packed")
+    again = fastlora.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+
+
+CODE = """
+import sys, threading, time, fastlora
+import transformers.models.llama.modeling_llama
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+fastlora.from_pretrained
+peak, before, done = [0.0], anonymous(), threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+start = time.perf_counter()
+model = fastlora.from_pretrained(sys.argv[1])
+seconds = time.perf_counter() - start
+done.set()
+thread.join()
+print(seconds, peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory(tmp_path: Path) -> None:
+    """The packed model, the largest tensor twice over in float32, and 64 MiB; then reload."""
+    config = transformers.LlamaConfig(
+        vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config).to(BF16)
+    dense = sum(p.nbytes for p in model.parameters()) / 2**20
+    model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
+    fastlora.patch_model(model, quantize="nf4")
+    packed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20
+    fastlora.save_quantized(model, tmp_path / "packed")
+    del model
+    largest = 1024 * 4096 * 4 / 2**20
+    seconds = {}
+    for kind in ("dense", "packed"):
+        command = [sys.executable, "-c", CODE, str(tmp_path / kind)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds[kind], extra = (float(part) for part in done.stdout.split()[-2:])
+        assert extra < packed + 2 * largest + 64 < dense, (kind, extra, packed, dense)
+    assert seconds["packed"] < seconds["dense"]
+
+
+# ---- what is refused ----
+
+
+def damage(kind: str, path: Path) -> None:
+    shards = sorted(path.glob("*.safetensors"))
+    if kind == "truncated":
+        shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    elif kind == "garbage":
+        shards[1].write_bytes(b"\xff" * 64)
+    elif kind == "missing":
+        shards[1].unlink()
+    elif kind == "no config":
+        (path / "config.json").unlink()
+    elif kind == "pickled":
+        for shard in shards:
+            shard.unlink()
+        (path / "model.safetensors.index.json").unlink()
+        torch.save({}, path / "pytorch_model.bin")
+    else:
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": kind}
+        (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("truncated", ValueError, "must be whole, but .* is truncated or damaged"),
+        ("garbage", ValueError, "must be whole, but .* is truncated or damaged"),
+        ("missing", FileNotFoundError, "every shard .* is missing from"),
+        ("no config", FileNotFoundError, "must hold config.json, but"),
+        ("pickled", ValueError, "stored as safetensors, but .*pytorch_model.bin"),
+        ("gptq", ValueError, "in 4 bits of bitsandbytes or fastlora, got 'gptq'"),
+        ("bitsandbytes", ValueError, "packed in 4 bits, got one in 8 bits"),
+    ],
+)
+def test_bad_checkpoints(checkpoint: Path, kind: str, error: Any, words: str) -> None:
+    damage(kind, checkpoint)
+    with pytest.raises(error, match=words):
+        fastlora.from_pretrained(checkpoint)
+
+
+def test_bad_arguments(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="quant_type"):
+        fastlora.from_pretrained(checkpoint, quantize="nf3")
+    with pytest.raises(ValueError, match="nothing does; its linears are named"):
+        fastlora.from_pretrained(checkpoint, fastlora.LoraConfig(target_modules=["nowhere"]))
+
+
+def test_saving_leaves_nothing_half_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fastlora.from_pretrained(checkpoint)
+    target = tmp_path / "saved"
+    fastlora.save_quantized(model, target)
+    before = sorted(file.name for file in target.iterdir())
+    with pytest.raises(FileExistsError, match="that does not exist, but"):
+        fastlora.save_quantized(model, target)
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("huggingface_hub.save_torch_state_dict", full)
+        with pytest.raises(OSError, match="No space left"):
+            fastlora.save_quantized(model, target, overwrite=True)
+    assert sorted(file.name for file in target.iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "saved"]
+    with pytest.raises(ValueError, match="must be patched, but it is not"):
+        fastlora.save_quantized(offline.llama(), tmp_path / "x")
+    dense = fastlora.patch_model(offline.llama(), fastlora.LoraConfig(r=2))
+    with pytest.raises(ValueError, match="needs 4-bit weights, but the model has none"):
+        fastlora.save_quantized(dense, tmp_path / "x")
+    with pytest.raises(TypeError, match="takes a model of transformers, got Sequential"):
+        plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        fastlora.save_quantized(fastlora.patch_model(plain, quantize="nf4"), tmp_path / "x")
