@@ -12,8 +12,9 @@ quickstart: install-train  ## fine-tune the bundled model on this machine
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: install-dev  ## lint, types, and every GPU kernel compiled ahead of time by the oldest and newest triton
+check: install-dev  ## lint, types, every GPU kernel compiled ahead of time, its main loop no worse than before
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m bench.static --check
 	PYTHON=$(BIN)/python .ci/aot 3.4.0 && PYTHON=$(BIN)/python .ci/aot 3.9.0
 
 bench: install-dev  ## the CPU benchmarks, appended to bench/results

@@ -104,7 +104,7 @@ def _compiling_for(arch: str) -> Iterator[None]:
     yield
 
 
-def _skip_missing_linker() -> None:
+def skip_missing_linker() -> None:
     """Leave AMD code unlinked where no lld is found: the figures are in the assembly."""
     from triton.backends.amd import compiler
 
@@ -124,6 +124,19 @@ def _run(*command: object) -> str:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     return int(found[1]) if found else 0
+
+
+def machine_code(compiled: Any) -> str:
+    """Return the disassembly of an NVIDIA kernel, or the assembly of an AMD one."""
+    if "cubin" not in compiled.asm:
+        return str(compiled.asm["amdgcn"])
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _run(tool, "-c", file.name)
 
 
 def _nvidia_figures(compiled: Any, report: Report, matrix: str) -> None:
@@ -150,14 +163,24 @@ def _amd_figures(compiled: Any, report: Report, matrix: str) -> None:
 
 def inspect(case: Case, arch: str) -> Report:
     """Return what the compiler makes of one case on one architecture."""
-    spec = ARCHS[arch]
     report = Report(case.kernel.__name__, case.variant, arch)
+    try:
+        compiled = compile_case(case, arch)
+    except Exception as error:  # the compiler raises every class there is
+        report.problem = f"does not compile: {type(error).__name__}: {str(error)[-200:]}"
+        return report
+    return examine(case, compiled, report)
+
+
+def compile_case(case: Case, arch: str) -> Any:
+    """Return a case's kernel as Triton compiles it for an architecture."""
     with _compiling_for(arch):
-        try:
-            compiled = case.kernel.warmup(*case.arguments, grid=(1,), **case.options)
-        except Exception as error:  # the compiler raises every class there is
-            report.problem = f"does not compile: {type(error).__name__}: {str(error)[-200:]}"
-            return report
+        return case.kernel.warmup(*case.arguments, grid=(1,), **case.options)
+
+
+def examine(case: Case, compiled: Any, report: Report) -> Report:
+    """Write into a report what became of a compiled case."""
+    spec = ARCHS[report.arch]
     figures = _nvidia_figures if spec.backend == "cuda" else _amd_figures
     figures(compiled, report, spec.matrix)
     report.shared = compiled.metadata.shared
@@ -176,7 +199,7 @@ def inspect(case: Case, arch: str) -> Report:
 
 def inspect_all(arch: str, scope: str) -> list[Report]:
     """Return what the compiler makes of every case on one architecture."""
-    _skip_missing_linker()
+    skip_missing_linker()
     return [inspect(case, arch) for case in cases(arch, scope)]
 
 
