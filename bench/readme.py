@@ -15,10 +15,10 @@ END = "<!-- end of figures -->"
 Row = dict[str, Any]
 
 
-def latest(name: str) -> list[Row]:
-    """The rows of the newest run in a results file."""
+def latest(name: str, field: str = "date") -> list[Row]:
+    """The rows of the newest run in a results file, or of all runs with its commit."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["date"] == rows[-1]["date"]]
+    return [row for row in rows if row[field] == rows[-1][field]]
 
 
 def speed(rows: list[Row]) -> list[str]:
@@ -81,10 +81,28 @@ def methods(rows: list[Row]) -> list[str]:
     return lines
 
 
+def training(rows: list[Row]) -> list[str]:
+    """A table of whole training steps with and without the line, and what lies around them."""
+    lines = [
+        "| case | before, tokens/s | with fastlora | times | peak MiB before | with |",
+        "|---|---|---|---|---|---|",
+    ]
+    around = []
+    for row in rows:
+        if "seconds" in row:
+            around.append(f"{row['name']} {row['seconds']} s (at most {row['at_most']})")
+            continue
+        peaks = [row.get(f"{v}_peak") for v in ("other", "ours")]
+        memory = " | ".join("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
+        speed = f"{row['other_tokens_s']:.1f} | {row['ours_tokens_s']:.1f} | {row['times']:.2f}"
+        lines.append(f"| {row['name']} | {speed} | {memory} |")
+    return [*lines, "", f"{'; '.join(around)}."]
+
+
 def figures() -> str:
     """The section as it should stand."""
     runs, extra = latest("linear-cpu"), latest("linear-memory-cpu")
-    engine = latest("engine-cpu")
+    engine, steps = latest("engine-cpu"), latest("train-cpu", "commit")
     first = runs[0]
     where = (
         f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
@@ -103,6 +121,11 @@ def figures() -> str:
         " LoKr r = 8, LoKr factor 8. PEFT's LoHa and LoKr run on a dense weight, which is all they"
         " can, its DoRA on bitsandbytes NF4. Times: how many times faster.",
         "\n".join(methods(engine)),
+        "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on every"
+        f" linear, adapters float32 as PEFT makes them; commit {steps[0]['commit']}. The same PEFT"
+        " script with and without `patch_model(model)`; `nf4-dense` is fastlora's own NF4 against"
+        " PEFT on dense weights; `generate` is greedy, one sequence.",
+        "\n".join(training(steps)),
     ]
     return "\n\n".join(parts) + "\n"
 

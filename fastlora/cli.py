@@ -90,4 +90,16 @@ def _app() -> "typer.Typer":
         except job.Refusal as refusal:
             _refuse(str(refusal))
 
+    @app.command()
+    def tune(
+        show: Annotated[bool, typer.Option("--show", help="Say what is stored.")] = False,
+    ) -> None:
+        """Measure which kernels are fastest on this GPU, and use them from now on."""
+        from fastlora.train import tuning
+
+        try:
+            tuning.run(show)
+        except tuning.Refusal as refusal:
+            _refuse(str(refusal))
+
     return app

@@ -24,7 +24,7 @@ LAYERS = [
     ["adapters"],
     ["config", "layers"],
     ["sharing", "fuse", "in_place", "plan", "patch", "report"],
-    ["adapter_files", "checkpoint"],
+    ["adapter_files", "checkpoint", "tune"],
     ["__init__"],
     ["integrations"],
     ["train", "nano"],

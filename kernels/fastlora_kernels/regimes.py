@@ -3,7 +3,7 @@
 Up to a crossover the weight is decoded inside the product ("mma", tokens padded to the tile; "gemv"
 for one token without matrix instructions). Above, it is dequantised once and cuBLAS multiplies
 ("dense"). The defaults are computed (`default_table`), not measured; ``fastlora tune`` measures the
-card at hand, and what it stores is used instead.
+card at hand, and what it stores (`tuned`) is used instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from fastlora_kernels import tuned
 
 GROUP = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}  # archs that share tiles
 TOKENS = (1, 16, 32, 64, 128, 256, 512)  # upper bounds of the table's rows
@@ -24,6 +27,7 @@ LARGEST_TILE = 128
 NARROWEST = 32  # columns of a tile, for one of which a row has one absmax: the smallest block size
 INTERPRETER = "interpreter"
 _assumed: list[str] = []
+_forced: list[Plan] = []
 
 
 class Tile(NamedTuple):
@@ -262,9 +266,49 @@ def ragged(k: int) -> bool:
     return k % NARROWEST != 0
 
 
+@contextmanager
+def force(plan: Plan) -> Iterator[None]:
+    """Use one plan for every number of 16-bit tokens, to measure it."""
+    _forced.append(plan)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@cache
+def measured(device: torch.device) -> tuned.Measured | None:
+    """Return what ``fastlora tune`` stored for a GPU; None: nothing."""
+    if device.type != "cuda":
+        return None
+    return tuned.load(tuned_path(device))
+
+
+def tuned_path(device: torch.device) -> Path:
+    """Return the file in which the table of a GPU is stored."""
+    import triton
+
+    name = torch.cuda.get_device_name(device)
+    return tuned.path_of(name, _query(device), triton.__version__)
+
+
+@cache
+def _measured_table(device: torch.device, direction: str) -> Table | None:
+    found = measured(device)
+    if found is None:
+        return None
+    return tuple(
+        (tokens, Plan(kind, None if tile is None else Tile(*tile)))
+        for tokens, kind, tile in found.tables[direction]
+    )
+
+
 def table(device: torch.device, direction: str) -> Table:
-    """Return the table of a device for 16-bit tokens."""
+    """Return the table of a device for 16-bit tokens: the measured one, or the model's."""
     arch = arch_of(device)
+    found = None if _assumed else _measured_table(device, direction)
+    if found is not None:
+        return found
     return default_table("sm_90" if arch == INTERPRETER else arch, direction)
 
 
@@ -288,7 +332,7 @@ def plan(device: torch.device, dtype: torch.dtype, m: int, direction: str, k: in
         return row(RAGGED_TABLE, m)
     if dtype == torch.float32:
         return row(FLOAT32_TABLE[direction], m)
-    return row(table(device, direction), m)
+    return _forced[-1] if _forced else row(table(device, direction), m)
 
 
 def fused_plan(device: torch.device, dtype: torch.dtype, m: int, k: int) -> Plan:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_cases
 
 
 def test_without_cuda_it_says_so(
@@ -21,3 +21,28 @@ def test_nothing_is_timed_after_a_failed_test(
     monkeypatch.setattr(gpu, "run_tests", lambda: 1)
     assert gpu.main([]) == 1
     assert "nothing was timed" in capsys.readouterr().out
+
+
+def test_the_most_telling_cases_come_first_and_none_twice() -> None:
+    cases = gpu_cases.all_cases()
+    assert len(set(cases)) == len(cases)
+    assert cases[0] == gpu_cases.Case("lora", 28672, 8192, 1, "forward")
+    assert {case.what for case in cases} == {"lora", "loha", "lokr", "dora", "adapters"}
+    assert {case.m for case in cases} == {*gpu_cases.FEW, *gpu_cases.MANY}
+
+
+@pytest.mark.parametrize("what", ["lora", "loha", "lokr", "dora", "adapters"])
+@pytest.mark.parametrize("step", ["forward", "forward+backward"])
+def test_every_case_runs(what: str, step: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU, small, so that no slip waits for a GPU."""
+    case = gpu_cases.Case(what, 64, 128, 16, step)
+    row = gpu.measure(case, "cpu", 0.01)
+    assert row["ms"]["fastlora"] > 0 and row["times"]
+    assert not row["left_out"]
+    gpu.show(row)
+    assert "against" in capsys.readouterr().out
+
+
+def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [gpu_cases.Case("lora", 64, 128, 4, "forward")] * 3
+    assert gpu.run_cases(cases, "cpu", 0.0, write=False) == cases
