@@ -121,10 +121,10 @@ def figures() -> str:
         " LoKr r = 8, LoKr factor 8. PEFT's LoHa and LoKr run on a dense weight, which is all they"
         " can, its DoRA on bitsandbytes NF4. Times: how many times faster.",
         "\n".join(methods(engine)),
-        "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on every"
-        f" linear, adapters float32 as PEFT makes them; commit {steps[0]['commit']}. The same PEFT"
-        " script with and without `patch_model(model)`; `nf4-dense` is fastlora's own NF4 against"
-        " PEFT on dense weights; `generate` is greedy, one sequence.",
+        "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on"
+        f" every linear, adapters float32 as PEFT makes them; commit {steps[0]['commit']}. The same"
+        " PEFT script with and without `patch_model(model)`; `nf4-dense` is fastlora's own NF4"
+        " against PEFT on dense weights; `generate` is greedy, one sequence.",
         "\n".join(training(steps)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -232,6 +232,22 @@ int32_t fastlora_scale_columns_backward(int32_t dtype, int64_t m, int64_t n, con
   return 0;
 }
 
+int32_t fastlora_kron_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size,
+                             const float* w1, const float* p, const float* q, const void* base, void* out,
+                             int32_t threads) {
+  if (!fastlora::known(dtype) || m < 0 || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().kron_linear(dtype, m, x, ldx, size, w1, p, q, base, out, threads);
+  return 0;
+}
+
+int32_t fastlora_kron_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x,
+                                      int64_t ldx, const int64_t* size, const float* w1, const float* p,
+                                      const float* q, void* dx, float* factors, int32_t threads) {
+  if (!fastlora::known(dtype) || m < 0 || threads < 1) return FASTLORA_EINVAL;
+  fastlora::kernels().kron_linear_backward(dtype, m, dy, lddy, x, ldx, size, w1, p, q, dx, factors, threads);
+  return 0;
+}
+
 int32_t fastlora_quantize_4bit(int32_t dtype, int64_t n, const void* x, const float* thresholds, const uint8_t* order,
                                int64_t blocksize, uint8_t* packed, float* absmax, int32_t threads) {
   if (dtype < FASTLORA_F32 || dtype > FASTLORA_F16 || n < 0 || blocksize < 2 || blocksize % 2 || threads < 1)

@@ -8,10 +8,14 @@ any order that keeps the halves of a factor in theirs; the cheapest is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
+import torch
+from fastlora_kernels import native_kron
+from fastlora_kernels.native_library import DTYPES
 from torch import Tensor
 
-from fastlora.ops.library import no_autocast
+from fastlora.ops.library import is_plain, no_autocast, refuse_double
 
 Factor = Tensor | tuple[Tensor, Tensor]
 Shape = tuple[int, int]
@@ -90,6 +94,50 @@ def kron_product(x: Tensor, w1: Factor, w2: Factor) -> Tensor:
             w = next(todo[dim])
             y = _along_rows(y, w) if dim == 0 else _along_columns(y, w)
         return y.reshape(*lead, n1 * n2)
+
+
+def add_kron_product(y: Tensor, x: Tensor, w1: Factor, w2: Factor) -> Tensor:
+    """Return ``y + x kron(w1, w2)^T`` in y's dtype, rounded once; on the CPU by one kernel.
+
+    Args:
+        y: (..., n1 n2).
+        x: (..., k1 k2).
+        w1: see `kron_product`.
+        w2: see `kron_product`.
+    """
+    fits = x.is_cpu and x.dtype == y.dtype and x.dtype in DTYPES
+    fits = fits and all(half.dtype in DTYPES for half in (*halves(w1), *halves(w2)))
+    if not fits or not is_plain(x, y) or torch.is_autocast_enabled("cpu"):
+        return (y + kron_product(x, w1, w2)).to(y.dtype)
+    full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]
+    p, q = (w2, None) if isinstance(w2, Tensor) else (w2[1], w2[0])
+    return cast(Tensor, _Native.apply(y, x, full, p, q))  # type: ignore[no-untyped-call]
+
+
+class _Native(torch.autograd.Function):
+    """The C++ kernel, with its gradients, once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, w1: Tensor, p: Tensor, q: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w1, p, q)
+        out = native_kron.kron_linear(
+            y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), (w1, p, q)
+        )
+        return out.view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            refuse_double("kron_linear")
+        x, w1, p, q = ctx.saved_tensors
+        need_y, need_x, *need_factors = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx, grads = native_kron.kron_linear_backward(
+            rows, x.reshape(-1, x.shape[-1]), (w1, p, q), need_x, any(need_factors)
+        )
+        pairs = zip(grads, (w for w in (w1, p, q) if w is not None), strict=False)
+        found = [grad.to(w.dtype) for grad, w in pairs] + [None] * 3
+        return dy if need_y else None, None if dx is None else dx.view(x.shape), *found[:3]
 
 
 def rank_form(w1: Factor, w2: Factor) -> tuple[int, str] | None:

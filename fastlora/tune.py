@@ -6,13 +6,14 @@ import datetime
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from fastlora_kernels import regimes, tuned
-from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.regimes import DIRECTIONS, TOKENS, Plan
+from torch import Tensor
 
 from fastlora.quant import quantize_4bit
 
@@ -45,13 +46,14 @@ def cuda_milliseconds(run: Callable[[], object]) -> float:
     run(), run()
     times = []
     for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
         run()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def problems(device: torch.device, direction: str, m: int) -> Iterator[Callable[[], object]]:
@@ -59,19 +61,20 @@ def problems(device: torch.device, direction: str, m: int) -> Iterator[Callable[
     from fastlora_kernels import lora_linear
 
     for n, k in SHAPES:
-        generator = torch.Generator(device).manual_seed(0)
-        kind = {"dtype": torch.bfloat16, "device": device}
-        dense = torch.randn(n, k, generator=generator, **kind) * k**-0.5
-        weight: StoredWeight = quantize_4bit(dense).stored()
-        a = torch.randn(RANK, k, generator=generator, **kind) * k**-0.5
-        update = LowRank(a, torch.randn(n, RANK, generator=generator, **kind), 1.0)
-        x = torch.randn(m, k if direction == "forward" else n, generator=generator, **kind)
+        weight = quantize_4bit(_random(n, k, device) * k**-0.5).stored()
+        update = LowRank(_random(RANK, k, device) * k**-0.5, _random(n, RANK, device), 1.0)
+        x = _random(m, k if direction == "forward" else n, device)
         if direction == "forward":
-            yield lambda x=x, w=weight, u=update: lora_linear.lora_linear(x, w, None, u)
+            yield partial(lora_linear.lora_linear, x, weight, None, update)
         else:
-            yield lambda x=x, w=weight, u=update: lora_linear.lora_linear_backward(
-                x, None, None, w, u, True, False
-            )
+            args = (x, None, None, weight, update, True, False)
+            yield partial(lora_linear.lora_linear_backward, *args)
+
+
+def _random(rows: int, columns: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(rows + columns)
+    values = torch.randn(rows, columns, generator=generator, device=device)
+    return values.to(torch.bfloat16)
 
 
 def tune(device: torch.device, measure: Measure = cuda_milliseconds) -> list[Choice]:

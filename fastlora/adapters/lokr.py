@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from fastlora.adapters.base import check_flag
 from fastlora.adapters.call import Base, Call
 from fastlora.adapters.method import AdapterSpec
 from fastlora.adapters.product import Product, ProductConfig, keep_rows
-from fastlora.factors import kron_factors, kron_product
-from fastlora.kron import Factor
+from fastlora.factors import kron_factors
+from fastlora.kron import Factor, add_kron_product, kron_product
 
 W1, W2 = "lokr_w1", "lokr_w2"
 
@@ -123,9 +123,10 @@ class LoKr(Product):
         w1, w2 = _scaled(_factor(params, W1), spec.scaling), _factor(params, W2)
 
         def finish(y: Tensor) -> Tensor:
-            delta = kron_product(x, w1, w2)
             rows = keep_rows(spec, y.shape[-1], y.device, training)
-            return _add(y, delta if rows is None else delta * rows)
+            if rows is None:
+                return add_kron_product(y, x, w1, w2)
+            return (y + kron_product(x, w1, w2) * rows).to(y.dtype)
 
         return Call(x, base.bias, None, finish)
 
@@ -142,27 +143,6 @@ def _factor(params: Mapping[str, Tensor], name: str) -> Factor:
     if name in params:
         return params[name]
     return params[f"{name}_a"], params[f"{name}_b"]
-
-
-class _Add(torch.autograd.Function):
-    """The sum in the first one's dtype, in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, delta: Tensor) -> Tensor:
-        ctx.dtype = delta.dtype
-        out = torch.empty_like(y)
-        return torch.add(y, delta, out=out)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return dy, dy.to(ctx.dtype)
-
-
-def _add(y: Tensor, delta: Tensor) -> Tensor:
-    """Return ``y + delta`` in y's dtype, rounded once."""
-    if y.dtype == delta.dtype or torch.compiler.is_compiling():
-        return (y + delta).to(y.dtype)
-    return cast(Tensor, _Add.apply(y, delta))  # type: ignore[no-untyped-call]
 
 
 def _scaled(w: Factor, scaling: float) -> Factor:

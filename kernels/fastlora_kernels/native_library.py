@@ -17,7 +17,7 @@ import torch
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABI = 3
+_ABI = 4
 _REBUILD = "run `pip install -e .` (or `pip install --force-reinstall fastlora`) again"
 
 
@@ -82,6 +82,11 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "fastlora_row_norms": ([_i32, _i64, _i64, _p, _p, _p, _p, ctypes.c_float, _p, _i32], _i32),
     "fastlora_products": ([_i32, _i32, _p, _p, _p, _p, _i32], _i32),
     "fastlora_products_backward": ([_i32, _i32, _p, _p, _p, _p, _p, _p, _i32], _i32),
+    "fastlora_kron_linear": ([_i32, _i64, _p, _i64, _p, _p, _p, _p, _p, _p, _i32], _i32),
+    "fastlora_kron_linear_backward": (
+        [_i32, _i64, _p, _i64, _p, _i64, _p, _p, _p, _p, _p, _p, _i32],
+        _i32,
+    ),
     "fastlora_scale_columns": ([_i32, _i64, _i64, _p, _p, _p, _p, _i32], _i32),
     "fastlora_scale_columns_backward": (
         [_i32, _i64, _i64, _p, _i64, _p, _p, _p, _p, _i32],
