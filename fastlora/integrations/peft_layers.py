@@ -2,8 +2,7 @@
 
 A layer reads its parameters and switches (active adapters, `disable_adapters`, merged or not) at
 each call, so everything that PEFT does to them goes on working. A call that fastlora has no fused
-form of is PEFT's own: several adapters with dropout or DoRA, `adapter_names` in a batch, dropout of
-LoHa's and LoKr's rows.
+form of is PEFT's own: several adapters with dropout or DoRA, dropout of LoHa's and LoKr's rows.
 """
 
 from __future__ import annotations
@@ -68,6 +67,9 @@ class _Lora(Accelerated):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the updates of the active adapters; x is (..., K)."""
         layer = cast(Any, self)
+        owners = kwargs.pop("adapter_names", None)
+        if owners is not None:
+            return self._mixed(x, owners, args, kwargs)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if not (plain_call(args, kwargs) and names and takes(layer, x) and _fusible(layer, names)):
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -79,6 +81,20 @@ class _Lora(Accelerated):
             y = ops.linear(
                 at.x, at.base.weight, at.base.bias, _joined(layer, names), at.base.backend
             )
+        return y if activation_dtype(x) != x.dtype else y.to(x.dtype)
+
+    def _mixed(self, x: Tensor, owners: list[str], args: Any, kwargs: Any) -> Tensor:
+        """Return the output of a batch in which each sample names its adapter."""
+        layer = cast(Any, self)
+        names = [name for name in dict.fromkeys(owners) if name in layer.lora_A]
+        fused = names and plain_call(args, kwargs) and not self.training and takes(layer, x)
+        if not fused or any(n in layer.lora_variant for n in names) or not _fusible(layer, names):
+            result: Tensor = super().forward(x, *args, adapter_names=owners, **kwargs)
+            return result
+        layer._check_forward_args(x, adapter_names=owners)
+        at = Operand(layer, x)
+        update = _joined(layer, names)._replace(spans=_spans(layer, names, owners, x))
+        y = ops.linear(at.x, at.base.weight, at.base.bias, update, at.base.backend)
         return y if activation_dtype(x) != x.dtype else y.to(x.dtype)
 
     def problem(self) -> Problem:
@@ -147,6 +163,15 @@ def _joined(layer: Any, names: list[str]) -> LowRank:
     a = torch.cat([layer.lora_A[name].weight.float() for name in names])
     b = [layer.lora_B[name].weight.float() * layer.scaling[name] for name in names]
     return LowRank(a, torch.cat(b, dim=1), 1.0)
+
+
+def _spans(layer: Any, names: list[str], owners: list[str], x: Tensor) -> Tensor:
+    """Return the ranks that each row of x has: (M, 2) int32, none for the bare base."""
+    ends = torch.tensor([layer.lora_A[name].weight.shape[0] for name in names]).cumsum(0).tolist()
+    spans = dict(zip(names, zip([0, *ends], ends, strict=False), strict=True))
+    rows = torch.tensor([spans.get(owner, (0, 0)) for owner in owners], dtype=torch.int32)
+    each = x.shape[:-1].numel() // len(owners)
+    return rows.repeat_interleave(each, dim=0).to(x.device)
 
 
 class _Product(Accelerated):

@@ -17,6 +17,7 @@ import peft
 
 import fastlora
 from fastlora.in_place import Accelerated
+from fastlora.integrations import peft_layers
 
 BF16 = torch.bfloat16
 CASES: dict[str, Any] = {
@@ -142,8 +143,16 @@ def test_4_bit_is_nearly_free_of_peft_where_peft_has_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_switching_adapters(base: str) -> None:
+def test_switching_adapters(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several adapters, one active, both, none; the same as in PEFT at every turn."""
+    mixed: list[Any] = []
+    spans = peft_layers._spans
+
+    def counted(*args: Any) -> Tensor:
+        mixed.append(spans(*args))
+        return mixed[-1]
+
+    monkeypatch.setattr(peft_layers, "_spans", counted)
     models = [wrapped("lora", base) for _ in range(2)]
     for model in models:
         torch.manual_seed(4)
@@ -173,6 +182,7 @@ def test_switching_adapters(base: str) -> None:
     model.eval(), plain.eval()  # in which bitsandbytes computes coarsely
     with torch.no_grad():
         mine, theirs = (each(X, adapter_names=names) for each in models)
+    assert [m.tolist() for m in mixed] == [[[0, 4]] * 5 + [[4, 7]] * 5 + [[0, 0]] * 5] * 2
     assert_close({"y": mine}, {"y": theirs}, 2e-5 if base == "dense" else 3e-3)
 
 
