@@ -14,6 +14,7 @@ import torch
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from peft.tuners import loha, lokr, lora
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -243,21 +244,15 @@ class LoKrLinear(_Product, lokr.Linear):  # type: ignore[misc]
     method = "lokr"
 
 
+class LoraLinear4bit(_Lora, PeftLinear4bit):  # type: ignore[misc]
+    """PEFT's LoRA on a 4-bit linear of bitsandbytes."""
+
+    plain: ClassVar[type[nn.Module]] = PeftLinear4bit
+
+
 SWAPS: dict[type[nn.Module], type[Accelerated]] = {
-    cls.plain: cls for cls in (LoraLinear, LoHaLinear, LoKrLinear)
+    cls.plain: cls for cls in (LoraLinear, LoraLinear4bit, LoHaLinear, LoKrLinear)
 }
-try:
-    _Linear4bit = lora.bnb.Linear4bit
-except AttributeError:  # without bitsandbytes PEFT has no such layer
-    pass
-else:
-
-    class LoraLinear4bit(_Lora, _Linear4bit):  # type: ignore[misc, valid-type]
-        """PEFT's LoRA on a 4-bit linear of bitsandbytes."""
-
-        plain: ClassVar[type[nn.Module]] = _Linear4bit
-
-    SWAPS[_Linear4bit] = LoraLinear4bit
 
 
 def _columns(layer: Any, method: str, names: list[str]) -> dict[str, Any]:

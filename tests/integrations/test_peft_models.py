@@ -149,8 +149,9 @@ def test_switching_adapters(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spans = peft_layers._spans
 
     def counted(*args: Any) -> Tensor:
-        mixed.append(spans(*args))
-        return mixed[-1]
+        found = spans(*args)
+        mixed.append(found)
+        return found
 
     monkeypatch.setattr(peft_layers, "_spans", counted)
     models = [wrapped("lora", base) for _ in range(2)]
