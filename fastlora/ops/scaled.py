@@ -114,7 +114,7 @@ def _in_one(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Return (y, z, s, norms) from a backend that has `scaled_linear`."""
-    n, k = check_forward(x, weight, None, update)
+    n, k = check_forward(x, weight, bias, update)
     module = _choose(x, weight, update, n, k, backend)
     with no_autocast(x.device.type):
         y, z, s, norms = module.scaled_linear(

@@ -59,9 +59,9 @@ def test_results_names_and_state() -> None:
 
 
 def test_gradients_reach_the_input() -> None:
-    plain, model = packed(), fastlora.patch_model(packed())
+    models: list[Any] = [packed(), fastlora.patch_model(packed())]
     grads = []
-    for each in (plain, model):
+    for each in models:
         inputs = each.get_input_embeddings()(TOKENS).detach().requires_grad_()
         loss = each.train()(inputs_embeds=inputs).logits.square().mean()
         grads.append(torch.autograd.grad(loss, inputs)[0])
