@@ -67,6 +67,11 @@ def processor() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def facts(device: str) -> dict[str, Any]:
     """Where and with what a benchmark ran: written into every result."""
     packages: dict[str, str | None] = {}
@@ -75,8 +80,9 @@ def facts(device: str) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _git("describe", "--always")
+    if _git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results"):
+        commit += "-dirty"
     where = processor() if device == "cpu" else torch.cuda.get_device_name()
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     facts: dict[str, Any] = {"date": now, "commit": commit, "device": where, **packages}
