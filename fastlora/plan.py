@@ -12,14 +12,15 @@ from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, method_of
 from fastlora.adapters.targets import matches
 from fastlora.checks import FLOATS
 from fastlora.dispatch import Problem, pick
-from fastlora.layers import AdapterLinear
+from fastlora.layers import AdapterLinear, QuantizedLinear
 from fastlora.quant import QuantConfig
 
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
 }
+"""Task type -> names of the heads that are trained whole."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ def make_plan(
             _place(plan, name, module, config, quant, reasons.get(name), explicit)
     _check_matched(model, config, plan)
     for name, spec in plan.specs.items():
-        _check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
+        check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
     if config is not None:
         plan.bias = _biases(model, getattr(config, "bias", "none"), plan)
     return plan
@@ -133,7 +134,7 @@ def _place_base(plan: Plan, name: str, quant: QuantConfig | None, reason: str | 
 def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Return the full names of modules_to_save, and of the heads that a task type implies."""
     asked = tuple(config.modules_to_save or ())
-    implied = tuple(_HEADS.get(config.task_type or "", ()))
+    implied = tuple(HEADS.get(config.task_type or "", ()))
     names = [name for name, _ in model.named_modules()]
     for entry in asked:
         if entry not in implied and not any(matches((entry,), name) for name in names):
@@ -143,7 +144,15 @@ def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
             )
     found = [name for name in names if name and matches(asked + implied, name)]
     nested = [n for n in found if any(n.startswith(other + ".") for other in found)]
-    return [name for name in found if name not in nested]
+    chosen = [name for name in found if name not in nested]
+    for name in chosen:
+        packed = [m for m in model.get_submodule(name).modules() if isinstance(m, QuantizedLinear)]
+        if packed:
+            raise ValueError(
+                f"a module that is trained whole must have dense weights, but {name!r} has"
+                f" {len(packed)} in 4 bits; name it in skip_modules when the model is loaded"
+            )
+    return chosen
 
 
 def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str, str]:
@@ -194,10 +203,10 @@ def _short(name: str) -> str:
     return name if last.isdigit() else last
 
 
-def _check_layer(
+def check_layer(
     name: str, module: nn.Module, spec: AdapterSpec | None, quant: QuantConfig | None, backend: str
 ) -> None:
-    """Raise unless this linear can have this adapter and this format."""
+    """Raise unless this linear, with its values, can have this adapter and this format."""
     assert isinstance(module, nn.Linear)
     n, k = module.out_features, module.in_features
     method = None if spec is None else METHODS[spec.method]
