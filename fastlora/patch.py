@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class Record:
         originals: modules that trainable copies replaced, by name.
         biases: the first values of biases that are trained, by name.
         attributes: (module name, attribute, first value) of attributes that were changed.
+        forget: takes back what a loader of 4-bit weights wrote on the model; None: nothing.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Record:
     originals: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    forget: Callable[[nn.Module], None] | None = None
 
 
 def patch_model(
@@ -114,6 +117,7 @@ def _add_adapters(
         plan.skipped.pop(name, None)
     record.nbytes, record.trained = before.nbytes, before.trained
     record.attributes = [*before.attributes, *record.attributes]
+    record.forget = before.forget
 
 
 def check_arguments(
@@ -299,4 +303,6 @@ def _finish(model: nn.Module, record: Record) -> None:
         parameter.requires_grad_(name in record.trained)
     for name, attribute, value in record.attributes:
         setattr(model.get_submodule(name), attribute, value)
+    if record.forget is not None:
+        record.forget(model)
     delattr(model, RECORD)
