@@ -185,7 +185,8 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
                 plan.skipped[name] = "kept dense"
         trained = frozenset(name for name, p in model.named_parameters() if p.is_floating_point())
         backend = self.quantization_config.backend
-        setattr(model, RECORD, Record(plan, None, quant, backend, self.dense_bytes, trained))
+        record = Record(plan, None, quant, backend, self.dense_bytes, trained, forget=_forget)
+        setattr(model, RECORD, record)
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -204,6 +205,14 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """True: adapters train on the packed weights."""
         return True
+
+
+def _forget(model: Any) -> None:
+    """Take back what transformers wrote on a quantised model, when its weights are dense again."""
+    for owner in (model, model.config):
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config"):
+            vars(owner).pop(name, None)
+    vars(model.config).pop("_is_quantized", None)
 
 
 def _skips(skip: list[str], name: str) -> bool:

@@ -95,7 +95,7 @@ def test_bitsandbytes_loads_what_is_saved(checkpoint: Path, tmp_path: Path, doub
     assert torch.equal(logits(again), logits(model))
 
 
-def test_adapters_train_on_what_was_loaded(checkpoint: Path) -> None:
+def test_adapters_train_on_what_was_loaded(checkpoint: Path, tmp_path: Path) -> None:
     model = fastlora.from_pretrained(checkpoint, fastlora.LoraConfig(r=4))
     again = fastlora.patch_model(fastlora.from_pretrained(checkpoint), fastlora.LoraConfig(r=4))
     assert torch.equal(logits(model), logits(again))
@@ -112,6 +112,9 @@ def test_adapters_train_on_what_was_loaded(checkpoint: Path) -> None:
     assert losses[-1] < losses[0]
     merged: Any = fastlora.merge(model)
     assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    merged.save_pretrained(tmp_path / "merged")  # a dense checkpoint says nothing of 4 bits
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(plain), logits(merged))
 
 
 @pytest.mark.parametrize("tied", [True, False])
