@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from fastlora.adapters.bottleneck import BottleneckConfig
 from fastlora.adapters.loha import LoHaConfig
 from fastlora.adapters.lokr import LoKrConfig
 from fastlora.adapters.lora import LoraConfig
@@ -30,6 +31,7 @@ def __getattr__(name: str) -> Any:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BottleneckConfig",
     "FastLoraQuantConfig",
     "LoHaConfig",
     "LoKrConfig",

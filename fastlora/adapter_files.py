@@ -49,15 +49,15 @@ def write_directory(path: Path, files: Mapping[str, bytes], overwrite: bool) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         for name, data in files.items():
-            _write(scratch / name, data)
-        _sync(scratch)
+            write_file(scratch / name, data)
+        sync_directory(scratch)
         if filled:
             for name in files:
                 os.replace(scratch / name, target / name)
-            _sync(target)
+            sync_directory(target)
         else:
             os.rename(scratch, target)
-        _sync(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise type(error)(
             f"the adapter must be writable to {path}, but the system says:"
@@ -67,14 +67,15 @@ def write_directory(path: Path, files: Mapping[str, bytes], overwrite: bool) -> 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file, forced to the disk."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Flush the directory's entries to the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:

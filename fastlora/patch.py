@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters import AdapterConfig, method_of
+from fastlora.adapters import METHODS, AdapterConfig, method_of
 from fastlora.config import as_config
 from fastlora.dispatch import check_backend
 from fastlora.fuse import unfuse
@@ -285,9 +285,15 @@ def merge(model: nn.Module) -> nn.Module:
     trained values.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its adapters are no updates of weights.
     """
     record = the_record(model)
+    for name, spec in record.plan.adapted.items():
+        if not METHODS[spec.method].mergeable:
+            raise ValueError(
+                f"merge takes adapters that change weights, but {name!r} has a {spec.label}, whose"
+                " non-linearity no weight can hold; keep it beside the model with save_adapter"
+            )
     unfuse(model)
     for name in record.plan.specs:
         module = model.get_submodule(name)

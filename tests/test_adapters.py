@@ -92,7 +92,7 @@ def test_bad_fields_of_products(
         cls(**values)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"bottleneck"}))  # PEFT has none
 def test_defaults_and_names_are_those_of_peft(name: str) -> None:
     import peft
 

@@ -35,7 +35,7 @@ def test_the_adapter_changes_nothing_at_first() -> None:
     assert len(patched_names(model)) == 5
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora"])
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora", "bottleneck"])
 def test_training_lowers_the_loss(method: str, backend: str) -> None:
     model = plain()
     dora = LoraConfig(r=4, use_dora=True)

@@ -33,6 +33,7 @@ class AdapterSpec:
         rank_dropout: probability with which a row of the update is dropped in training.
         module_dropout: probability with which a call in training has no update.
         rescale: whether the rows that `rank_dropout` keeps grow by the share that it drops.
+        activation: name of the non-linearity of a bottleneck; "" for the other methods.
     """
 
     method: str
@@ -44,6 +45,7 @@ class AdapterSpec:
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     rescale: bool = False
+    activation: str = ""
 
     @property
     def label(self) -> str:
@@ -73,6 +75,7 @@ class Method(ABC):
         file_keys: parameter name -> end of its key in an adapter file; every name it may have.
         derived: whether `factors` computes something.
         bounded: whether the rank may not exceed the smaller side of the weight.
+        mergeable: whether it is an update of the weight.
     """
 
     name: ClassVar[str]
@@ -80,6 +83,7 @@ class Method(ABC):
     file_keys: ClassVar[Mapping[str, str]]
     derived: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
 
     @abstractmethod
     def spec(self, config: Any, name: str, n: int, k: int) -> AdapterSpec:

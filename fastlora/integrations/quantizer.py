@@ -206,6 +206,11 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         """True: adapters train on the packed weights."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True: Trainer takes the model without PEFT around it; adapters and heads are its own."""
+        return True
+
 
 def _forget(model: Any) -> None:
     """Take back what transformers wrote on a quantised model, when its weights are dense again."""

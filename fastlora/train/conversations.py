@@ -1,0 +1,171 @@
+"""Rows of instruction data, whatever their form, as chat messages; and messages as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastlora.train.data.rows import BadRow
+from fastlora.train.refusal import Refusal
+
+Message = dict[str, str]
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user",
+                  "assistant": "assistant", "model": "assistant", "bot": "assistant"}
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + '\\n' + message['content'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
+)
+"""For tokenizers that have no chat template: plain headings, the end-of-text token after answers."""
+
+
+def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the form of instruction data and role -> column.
+
+    Args:
+        columns: what the data has.
+        named: roles that the user named: "messages", "prompt", "completion".
+
+    Raises:
+        Refusal: no form fits.
+    """
+    have = set(columns)
+    for role, column in named.items():
+        if column not in have:
+            raise Refusal(f"data.{role} must name a column, got {column!r}; there are"
+                          f" {', '.join(columns)}")
+    if "messages" in named:
+        return "chat messages", {"messages": named["messages"]}
+    if "prompt" in named or "completion" in named:
+        roles = {"prompt": "prompt", "completion": "completion", **named}
+        if set(roles.values()) <= have:
+            return "prompt and completion", roles
+    if "messages" in have:
+        return "chat messages", {"messages": "messages"}
+    for name in ("conversations", "conversation"):
+        if name in have:
+            return "ShareGPT", {"messages": name}
+    if "instruction" in have and {"output", "response"} & have:
+        answer = "output" if "output" in have else "response"
+        roles = {"prompt": "instruction", "completion": answer}
+        return "alpaca", {**roles, "input": "input"} if "input" in have else roles
+    if {"prompt", "chosen"} <= have:
+        return "preference pairs, of which the chosen answer is learnt", {
+            "prompt": "prompt", "completion": "chosen",
+        }
+    for prompt in ("prompt", "question", "input"):
+        for answer in ("completion", "response", "answer", "output"):
+            if {prompt, answer} <= have:
+                return "prompt and completion", {"prompt": prompt, "completion": answer}
+    raise Refusal(
+        "instruction data must have messages (chat or ShareGPT), instruction and output (alpaca),"
+        f" prompt and completion, or prompt and chosen, but the columns are {', '.join(columns)}"
+    )
+
+
+def messages_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Return a row as chat messages.
+
+    Raises:
+        BadRow: something is empty, or no message is the assistant's.
+    """
+    if "messages" in columns:
+        found = _listed(values.get(columns["messages"]))
+    else:
+        answer = values.get(columns["completion"])
+        asked = values.get(columns["prompt"])
+        if isinstance(asked, list) or isinstance(answer, list):
+            found = [*_listed(asked), *_listed(answer)]
+        else:
+            extra = values.get(columns.get("input", ""), "") or ""
+            prompt = f"{asked}\n\n{extra}" if extra else asked
+            system = values.get("system")
+            first = [("system", system)] if system else []
+            pairs = [*first, ("user", prompt), ("assistant", answer)]
+            found = [{"role": role, "content": _content(text, role)} for role, text in pairs]
+    if not any(message["role"] == "assistant" for message in found):
+        raise BadRow("a conversation must have an answer of the assistant, got none")
+    return found
+
+
+def _listed(value: Any) -> list[Message]:
+    if isinstance(value, str) and value.strip():
+        return [{"role": "assistant", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"messages must be a list, got {value!r:.60}")
+    found = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise BadRow(f"a message must be an object, got {part!r:.60}")
+        role = str(part.get("role", part.get("from", "")))
+        known = SHAREGPT_ROLES.get(role)
+        if known is None:
+            raise BadRow(f"a message's role must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r}")
+        found.append({"role": known, "content": _content(part.get("content", part.get("value")), role)})
+    return found
+
+
+def _content(value: Any, role: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"the text of {role!r} must not be empty, got {value!r:.60}")
+    return value
+
+
+def tokenize(
+    tokenizer: Any, messages: Sequence[Message], ignored: int, assistant_only: bool
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of a conversation and its labels: the answers with their ends, or all.
+
+    The conversation is rendered message by message, and what an answer adds to the text before it
+    is what is learnt, so any template does.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    before = ""
+    for count, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            opened = _render(tokenizer, messages[: count - 1], True)
+            if opened.startswith(before):
+                _append(tokenizer, opened[len(before) :], ids, labels, not assistant_only, ignored)
+                before = opened
+        text = _render(tokenizer, messages[:count], False)
+        if not text.startswith(before):
+            raise BadRow("the chat template must only add text for each message, but it rewrites it")
+        learnt = message["role"] == "assistant" or not assistant_only
+        _append(tokenizer, text[len(before) :], ids, labels, learnt, ignored)
+        before = text
+    end = tokenizer.eos_token_id
+    if end is not None and messages[-1]["role"] == "assistant" and end not in ids[-3:]:
+        ids.append(end)
+        labels.append(end)
+    return ids, labels
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
+    if not messages:
+        return ""
+    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
+        )
+    except Exception as error:  # a template may raise anything
+        raise BadRow(f"the chat template can't render the messages: {error}") from None
+    return text
+
+
+def _append(
+    tokenizer: Any, text: str, ids: list[int], labels: list[int], learnt: bool, ignored: int
+) -> None:
+    if text:
+        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += new
+        labels += new if learnt else [ignored] * len(new)
+
+
+def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens after which the assistant's answer comes."""
+    ids: list[int] = tokenizer(_render(tokenizer, messages, True), add_special_tokens=False)["input_ids"]
+    return ids

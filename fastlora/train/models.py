@@ -1,0 +1,189 @@
+"""Load a pre-trained model for a task, dense or in 4 bits, with the final layer that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from fastlora import QuantConfig, from_pretrained, patch_model
+from fastlora.layers import QuantizedLinear
+from fastlora.nano import MODEL_DIR
+from fastlora.train import timm_models
+from fastlora.train.refusal import Refusal
+
+
+@dataclass
+class Loaded:
+    """A model as it was loaded.
+
+    Attributes:
+        model: on the device that it trains on.
+        head: full names of the modules that were made anew for the task.
+        notes: what was done to it without a word from the user.
+    """
+
+    model: Any
+    head: list[str]
+    notes: list[str]
+
+
+def place_of(name: str) -> str:
+    """Return what transformers is to load: a directory or a hub id.
+
+    Raises:
+        Refusal: a directory that does not exist or holds no model.
+    """
+    if name == "nano":
+        return str(MODEL_DIR)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Refusal(f"model must be a directory with a config.json, but {name} has none")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise Refusal(f"model must be a directory, a hub id, timm:NAME or nano, but {name} is none")
+    return name
+
+
+def device_of() -> torch.device:
+    """Return where models train: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    name: str,
+    auto_class: str,
+    *,
+    quantize: str | None = None,
+    wide: bool = False,
+    seed: int = 0,
+    classes: list[str] | None = None,
+    outputs: int | None = None,
+    **options: Any,
+) -> Loaded:
+    """Return the model of a directory or hub id, for a task.
+
+    Args:
+        name: as in `RunConfig.model`.
+        auto_class: a class of transformers.
+        quantize: None, "nf4" or "fp4": how every linear but the head is stored.
+        wide: load 16-bit weights as float32, because they are trained themselves.
+        seed: of the new final layer's values.
+        classes: the task's classes; None: it has none.
+        outputs: how many numbers the final layer gives, when there are no classes.
+        options: further fields of the model's config.
+
+    Raises:
+        Refusal: there is no such model, it can't do the task, or can't be stored in 4 bits.
+    """
+    transformers.set_seed(seed)
+    if name.startswith("timm:"):
+        return timm_models.load(name, auto_class, quantize, classes, device_of())
+    place = place_of(name)
+    if classes is not None:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {label: i for i, label in enumerate(classes)}
+        options["num_labels"] = len(classes)
+    elif outputs is not None:
+        options["num_labels"] = outputs
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+        kind = getattr(transformers, auto_class)
+        before = dict(getattr(config, "id2label", None) or {})
+        for key, value in options.items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            head = head_of(kind.from_config(config))
+        model, fresh = _load(place, kind, options, quantize, wide, head)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(_reason(name, auto_class, error)) from error
+    notes = []
+    if classes is not None or outputs is not None:
+        if not fresh and list(before.values()) != (classes or list(before.values())):
+            _reset(model, head)
+        shape = ", ".join(head) or "the output"
+        count = f"{len(classes)} classes" if classes else f"{outputs} numbers"
+        notes.append(f"the final layer ({shape}) was made anew for {count}")
+    others = sorted({part for part in fresh if not part.startswith(tuple(head) or ("\0",))})
+    if others:
+        notes.append(f"not in the checkpoint, and made anew: {', '.join(others[:6])}")
+    _check_packed(model, quantize, name)
+    return Loaded(model, head, notes)
+
+
+def _load(
+    place: str, kind: Any, fields: dict[str, Any], quantize: str | None, wide: bool, head: list[str]
+) -> tuple[Any, list[str]]:
+    """Return the model and the names of the tensors that the checkpoint does not have."""
+    common = {**fields, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if quantize is not None:
+        skip = [*head, "lm_head"] if head else None
+        model, info = from_pretrained(
+            place, None, quantize=QuantConfig(quantize), device=device_of(), auto_class=kind.__name__,
+            skip_modules=skip, **common,
+        )
+    else:
+        dtype = torch.float32 if wide else "auto"
+        model, info = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, **common)
+        model.to(device_of())
+    mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]
+    return model, [*info["missing_keys"], *mismatched]
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Return the names of a model's final layers: its children beside the pre-trained body."""
+    body = getattr(model, "base_model_prefix", "")
+    return [
+        name
+        for name, child in model.named_children()
+        if name != body and name != "lm_head" and any(True for _ in child.parameters())
+    ]
+
+
+def _reset(model: Any, head: list[str]) -> None:
+    """Give a final layer that was trained for other classes new values."""
+    std = getattr(model.config, "initializer_range", 0.02)
+    for name in head:
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def _check_packed(model: nn.Module, quantize: str | None, name: str) -> None:
+    if quantize and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise Refusal(
+            f"quantize={quantize} stores linear layers in 4 bits, but {name} has none beside its"
+            " final layer; leave quantize out"
+        )
+
+
+def _reason(name: str, auto_class: str, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if "Unrecognized configuration class" in said or "does not appear to have a" in said:
+        if "Unrecognized configuration" in said:
+            task = auto_class.removeprefix("AutoModelFor")
+            return f"the model must be able to do the task ({task}), but {name} has no such head"
+    return f"the model {name} can't be loaded: {said[:300]}"
+
+
+def store_in_4_bits(model: nn.Module, quantize: str | None) -> None:
+    """Store the linears of a model that was made dense, in place."""
+    if quantize:
+        patch_model(model, None, quantize=quantize)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are; a 4-bit weight is whole."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters() if p.dtype.is_floating_point)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.out_features * module.in_features
+    return trained, total

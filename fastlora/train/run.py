@@ -1,0 +1,170 @@
+"""One run: data and model are checked first, then trained, scored and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from fastlora.train import checkpoints, directory, memory, results
+from fastlora.train.arguments import AUTO, make_arguments, split_arguments
+from fastlora.train.callbacks import Audit, Bar, Clock, Interruption
+from fastlora.train.config import RunConfig
+from fastlora.train.models import device_of, parameter_counts
+from fastlora.train.prepare import prepare
+from fastlora.train.refusal import Refusal
+from fastlora.train.strategies import strategy
+from fastlora.train.tasks import task
+from fastlora.train.tasks.base import Evaluation
+from fastlora.train.trainer import Tuner
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint; the message says how to resume.
+
+    Attributes:
+        status: the exit status that a shell expects.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Run:
+    """A run whose data and model are loaded and checked; nothing is written yet.
+
+    Attributes:
+        config: as it was read.
+        model: the model, ready to train.
+
+    Raises:
+        Refusal: bad input of any kind.
+    """
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        quiet()
+        self.config, self.console = config, console
+        self.resumes = directory.check_free(config)
+        self.task = task(config.task)(config)
+        self.strategy = strategy(config.method)(config.adapter)
+        self._check_fit()
+        fields, self.extras = split_arguments(config.train)
+        self.data = prepare(self.task, config.data, config.seed)
+        for line in self.data.report.lines():
+            self.say(line)
+        loaded = self.task.load(config.quantize, wide=not self.strategy.freezes)
+        self.head = loaded.head
+        for note in loaded.notes:
+            self.say(note)
+        self._base = loaded.model
+        memory.check_budget(loaded.model, self.extras.memory_budget_gib)
+        self.before = self._score_base(fields)
+        self.model: Any = self.strategy.apply(loaded, self.task.task_type, config.seed)
+        self.model.config.use_cache = False
+        memory.check_budget(self.model, self.extras.memory_budget_gib)
+        self.batch_size = 8
+        if fields.get("per_device_train_batch_size") == AUTO:
+            self.batch_size = memory.fitting_batch_size(
+                self.task, self.model, self.data.train, self.extras.memory_budget_gib
+            )
+            self.say(f"batch size {self.batch_size} fits")
+        self.arguments = make_arguments(
+            fields, self.extras, config.output / directory.CHECKPOINTS,
+            self.strategy.learning_rate, self.task.metric, self.task.greater, self.batch_size,
+        )
+
+    def say(self, line: str) -> None:
+        """Tell the person at the terminal."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _check_fit(self) -> None:
+        """Raise unless method, task and storage go together."""
+        method, task_type = self.strategy, self.task.task_type
+        if self.task.vision and not method.vision:
+            raise Refusal(f"method {method.name} works on tokens, which task {self.task.name} lacks")
+        if method.tasks is not None and task_type not in method.tasks:
+            raise Refusal(f"method {method.name} can't do task {self.task.name}; choose another")
+        if self.config.quantize and not method.freezes:
+            raise Refusal(
+                f"quantize must be left out for method {method.name}, which trains the base's own"
+                " weights; 4-bit weights stay as they are"
+            )
+
+    def _score_base(self, fields: dict[str, Any]) -> Evaluation:
+        stored = self.config.output / directory.BASE
+        if self.resumes and stored.is_file():
+            return Evaluation(**json.loads(stored.read_text(encoding="utf-8")))
+        batch_size = fields.get("per_device_eval_batch_size", 32)
+        return self.task.evaluate(self._base, self.data.test, batch_size)
+
+    def train(self) -> Path:
+        """Train, score and write everything; return the run's directory.
+
+        Raises:
+            Refusal: the directory can't be used.
+            Interrupted: a signal came.
+            Diverged: loss or gradients stayed not finite.
+        """
+        with directory.claimed(self.config) as output:
+            directory.write_json(output / directory.BASE, dataclasses.asdict(self.before))
+            directory.write_json(output / directory.LABELS, self.task.classes)
+            trainer, audit = self._loop(output)
+            after = trainer.scores_of(self.data.test)
+            results.write(self, output, trainer, after, audit.as_dict())
+        return output
+
+    def _loop(self, output: Path) -> tuple[Tuner, Audit]:
+        log, clock, audit = output / directory.LOG, Clock(), Audit(self.say)
+        interruption = Interruption()
+
+        def on_loss(row: dict[str, Any]) -> None:
+            row = {**row, "seconds": clock.seconds}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(directory.finite(row)) + "\n")
+
+        patience = self.extras.early_stopping_patience
+        stops = [transformers.EarlyStoppingCallback(patience)] if patience else []
+        trainer = Tuner(
+            self.task, self.extras, self.head, on_loss, model=self.model, args=self.arguments,
+            train_dataset=self.data.train, eval_dataset=self.data.valid,
+            callbacks=[clock, audit, interruption, Bar(self.console), *stops],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        newest = checkpoints.newest(output / directory.CHECKPOINTS, self.say)
+        step = 0 if newest is None else int(newest.name.removeprefix(checkpoints.PREFIX))
+        if self.resumes:
+            self.say(f"going on after step {step}")
+        directory.cut_log(log, step)
+        with interruption.listening():
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(
+                f"interrupted after step {trainer.state.global_step}, which is saved in {output};"
+                " run the same command again to go on",
+                128 + interruption.signal,
+            )
+        return trainer, audit
+
+
+def quiet() -> None:
+    """Keep the libraries' warnings for people who ask for them; ours are in the report."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def describe(run: Run) -> str:
+    """Return one line on what is trained."""
+    trained, total = parameter_counts(run.model)
+    stored = f", base in {run.config.quantize}" if run.config.quantize else ""
+    return (
+        f"{run.config.method} on {run.config.model}{stored}: {trained:,} of {total:,} parameters"
+        f" are trained ({trained / total:.2%}), on {device_of()}"
+    )
+

@@ -1,0 +1,64 @@
+"""What LoRA, DoRA, LoHa and LoKr have in common: fastlora's adapters, PEFT's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+import fastlora
+from fastlora.adapters import AdapterConfig
+from fastlora.train.models import Loaded
+from fastlora.train.refusal import Refusal
+from fastlora.train.strategies.base import Strategy
+
+
+class LowRankStrategy(Strategy):
+    """Freeze the base and train an adapter of low rank beside each linear.
+
+    The section `adapter` holds the fields of the method's config.
+
+    Attributes:
+        config_class: fastlora's config.
+        fixed: fields that the method itself sets.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]]
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    mergeable = True
+
+    def __init__(self, adapter: Mapping[str, Any]) -> None:
+        super().__init__(adapter)
+        names = {field.name for field in dataclasses.fields(self.config_class)}
+        fields = self.take(*(names - set(self.fixed) - {"task_type"}))
+        try:
+            self.config = self.config_class(**{"target_modules": "all-linear", **fields, **self.fixed})
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise Refusal(f"adapter: {error}") from error
+
+    def apply(self, loaded: Loaded, task_type: str, seed: int) -> nn.Module:
+        """Add the adapters; the final layer is trained whole."""
+        saved = [*(self.config.modules_to_save or ()), *loaded.head]
+        config = dataclasses.replace(self.config, modules_to_save=saved or None)
+        try:
+            return fastlora.patch_model(loaded.model, config, seed=seed)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise Refusal(str(error)) from error
+
+    def save(self, model: Any, directory: Path) -> None:
+        """Write PEFT's files."""
+        fastlora.save_adapter(model, directory, overwrite=True)
+
+    def load(self, model: Any, directory: Path) -> None:
+        """Read PEFT's files."""
+        try:
+            fastlora.load_adapter(model, directory)
+        except (OSError, TypeError, ValueError) as error:
+            raise Refusal(str(error)) from error
+
+    def merged(self, model: Any) -> nn.Module:
+        """Fold the update into dense weights."""
+        return fastlora.merge(model)

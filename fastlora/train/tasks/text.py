@@ -1,0 +1,86 @@
+"""What tasks on text have in common: a tokenizer, and batches that are padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastlora.train.data.rows import BadRow, Row
+from fastlora.train.models import place_of
+from fastlora.train.refusal import Refusal
+from fastlora.train.tasks.base import Example, Task
+
+IGNORED = -100
+"""The label of what is not learnt."""
+
+
+class TextTask(Task):
+    """A task whose inputs are text.
+
+    Attributes:
+        tokenizer: the model's.
+    """
+
+    def prepare(self) -> None:
+        """Load the tokenizer."""
+        name = self.config.model
+        if name.startswith("timm:"):
+            raise Refusal(f"the model must read text for task {self.name}, but {name} sees images")
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place_of(name))
+        except (OSError, ValueError, KeyError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise Refusal(f"the model {name} must have a tokenizer, but: {said}") from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        limit = getattr(self.tokenizer, "model_max_length", 10**9)
+        self.max_length = min(self.config.data.max_length, limit if limit > 0 else 10**9)
+
+    def text(self, row: Row, role: str) -> str:
+        """Return a column's text.
+
+        Raises:
+            BadRow: it is empty or no text.
+        """
+        value = row.values.get(self.columns[role])
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise BadRow(f"{self.columns[role]!r} must be text, got {value!r:.60}")
+        if not str(value).strip():
+            raise BadRow(f"{self.columns[role]!r} must not be empty")
+        return str(value)
+
+    def encode(self, text: str, pair: str | None = None) -> Example:
+        """Return the model's inputs for a text, cut at max_length; cuts are counted."""
+        found = self.tokenizer(text, pair, verbose=False)
+        if len(found["input_ids"]) > self.max_length:
+            self.long += 1
+            found = self.tokenizer(text, pair, truncation=True, max_length=self.max_length)
+        return dict(found)
+
+    def pad(self, examples: Sequence[Example], keys: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the padded inputs of examples; `keys` are padded as labels are."""
+        names = [n for n in self.tokenizer.model_input_names if n in examples[0]]
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        fill.update(dict.fromkeys(keys, IGNORED))
+        return pad_right(examples, [*names, *keys], fill)
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save_pretrained(directory)
+
+
+def pad_right(
+    examples: Sequence[Example], names: Sequence[str], fill: dict[str, int]
+) -> dict[str, Any]:
+    """Return tensors of lists of numbers, as long as the longest."""
+    batch = {}
+    for name in names:
+        rows = [example[name] for example in examples]
+        length = max(len(row) for row in rows)
+        value = fill.get(name, 0)
+        batch[name] = torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    return batch
