@@ -40,7 +40,11 @@ class Extras:
     warmup_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("layerwise_lr_decay", 0), ("loraplus_lr_ratio", 0), ("max_bad_steps", 0)):
+        for name, low in (
+            ("layerwise_lr_decay", 0),
+            ("loraplus_lr_ratio", 0),
+            ("max_bad_steps", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > low:
                 raise Refusal(f"train.{name} must be a number above {low}, got {value!r}")
@@ -80,8 +84,12 @@ def split_arguments(section: dict[str, Any]) -> tuple[dict[str, Any], Extras]:
             raise Refusal(f"train.{key} must be a number of at least 0, got {value!r}")
         if not math.isfinite(value):
             raise Refusal(f"train.{key} must be finite, got {value!r}")
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
-                "gradient_accumulation_steps"):
+    for key in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "max_steps",
+        "gradient_accumulation_steps",
+    ):
         value = theirs.get(key, 1)
         if key == "per_device_train_batch_size" and value == AUTO:
             continue

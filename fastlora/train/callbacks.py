@@ -85,7 +85,8 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("training"), BarColumn(),
+            TextColumn("training"),
+            BarColumn(),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}"),
             TimeRemainingColumn(),
         )
@@ -122,7 +123,9 @@ class Audit(TrainerCallback):  # type: ignore[misc]
         self.base_unchanged: bool | None = None
         self._before: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         """Remember the base."""
         self._before = checksum(model)
 

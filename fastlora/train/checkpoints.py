@@ -190,7 +190,9 @@ def unpack_random(files: Mapping[str, bytes]) -> None:
     tensors, described = load(files["random.safetensors"]), json.loads(files["random.json"])
     torch.set_rng_state(tensors["torch"])
     kind, position, has_gauss, cached = described["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(
+        (kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached)
+    )
     version, internal, gauss = described["python"]
     random.setstate((version, tuple(internal), gauss))
     states = [tensors[key] for key in sorted(key for key in tensors if key.startswith("cuda."))]

@@ -114,8 +114,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+"
-               r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$|^[-+]\.(inf|Inf|INF)$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+"
+        r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$|^[-+]\.(inf|Inf|INF)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -185,8 +187,10 @@ def _override(content: dict[str, Any], override: str) -> None:
     for parent in parents:
         below = place.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise Refusal(f"an override's key must lead through sections, but in {key!r}"
-                          f" {parent!r} is a value")
+            raise Refusal(
+                f"an override's key must lead through sections, but in {key!r}"
+                f" {parent!r} is a value"
+            )
         place = below
     place[last] = parse_yaml(value, f"the value of {key}")
 

@@ -9,8 +9,15 @@ from fastlora.train.data.rows import BadRow
 from fastlora.train.refusal import Refusal
 
 Message = dict[str, str]
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user",
-                  "assistant": "assistant", "model": "assistant", "bot": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] + '\\n' + message['content'] + '\\n' }}"
@@ -34,8 +41,9 @@ def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, di
     have = set(columns)
     for role, column in named.items():
         if column not in have:
-            raise Refusal(f"data.{role} must name a column, got {column!r}; there are"
-                          f" {', '.join(columns)}")
+            raise Refusal(
+                f"data.{role} must name a column, got {column!r}; there are {', '.join(columns)}"
+            )
     if "messages" in named:
         return "chat messages", {"messages": named["messages"]}
     if "prompt" in named or "completion" in named:
@@ -53,7 +61,8 @@ def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, di
         return "alpaca", {**roles, "input": "input"} if "input" in have else roles
     if {"prompt", "chosen"} <= have:
         return "preference pairs, of which the chosen answer is learnt", {
-            "prompt": "prompt", "completion": "chosen",
+            "prompt": "prompt",
+            "completion": "chosen",
         }
     for prompt in ("prompt", "question", "input"):
         for answer in ("completion", "response", "answer", "output"):
@@ -102,8 +111,12 @@ def _listed(value: Any) -> list[Message]:
         role = str(part.get("role", part.get("from", "")))
         known = SHAREGPT_ROLES.get(role)
         if known is None:
-            raise BadRow(f"a message's role must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r}")
-        found.append({"role": known, "content": _content(part.get("content", part.get("value")), role)})
+            raise BadRow(
+                f"a message's role must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r}"
+            )
+        found.append(
+            {"role": known, "content": _content(part.get("content", part.get("value")), role)}
+        )
     return found
 
 
@@ -132,7 +145,9 @@ def tokenize(
                 before = opened
         text = _render(tokenizer, messages[:count], False)
         if not text.startswith(before):
-            raise BadRow("the chat template must only add text for each message, but it rewrites it")
+            raise BadRow(
+                "the chat template must only add text for each message, but it rewrites it"
+            )
         learnt = message["role"] == "assistant" or not assistant_only
         _append(tokenizer, text[len(before) :], ids, labels, learnt, ignored)
         before = text
@@ -167,5 +182,7 @@ def _append(
 
 def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Return the tokens after which the assistant's answer comes."""
-    ids: list[int] = tokenizer(_render(tokenizer, messages, True), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(_render(tokenizer, messages, True), add_special_tokens=False)[
+        "input_ids"
+    ]
     return ids

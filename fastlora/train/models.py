@@ -124,8 +124,13 @@ def _load(
     if quantize is not None:
         skip = [*head, "lm_head"] if head else None
         model, info = from_pretrained(
-            place, None, quantize=QuantConfig(quantize), device=device_of(), auto_class=kind.__name__,
-            skip_modules=skip, **common,
+            place,
+            None,
+            quantize=QuantConfig(quantize),
+            device=device_of(),
+            auto_class=kind.__name__,
+            skip_modules=skip,
+            **common,
         )
     else:
         dtype = torch.float32 if wide else "auto"

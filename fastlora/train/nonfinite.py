@@ -86,4 +86,3 @@ def culprit(model: nn.Module, batch: dict[str, Any]) -> str:
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f"the gradient of {name}"
     return "the loss"
-

@@ -72,8 +72,10 @@ def prepare(task: Task, data: DataSection, seed: int) -> Prepared:
     if "test" not in examples:
         report.notes.append("there is no data.test, so the final scores are of the validation rows")
     return Prepared(
-        task.group(examples["train"]), examples["valid"],
-        examples.get("test", examples["valid"]), report,
+        task.group(examples["train"]),
+        examples["valid"],
+        examples.get("test", examples["valid"]),
+        report,
     )
 
 
@@ -127,7 +129,9 @@ def _examples(
             made = task.examples(row, name == "train")
         except BadRow as error:
             if data.bad_rows == "stop":
-                raise Refusal(f"{row.place}: {error}; mend it, or set data.bad_rows: skip") from None
+                raise Refusal(
+                    f"{row.place}: {error}; mend it, or set data.bad_rows: skip"
+                ) from None
             bad.append(f"{row.place}: {error}")
             continue
         used += 1

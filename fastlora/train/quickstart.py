@@ -13,8 +13,7 @@ import platform
 import re
 import resource
 import shlex
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,23 +32,11 @@ from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
 from fastlora.train.options import QuickstartOptions
 from fastlora.train.output import free_directory, staged_directory
+from fastlora.train.refusal import refusing
 from fastlora.train.threads import fastest_threads
 
 SAMPLE_TOKENS = 80
 PROMPT_CHARACTERS = 100
-
-
-class Refusal(Exception):
-    """Bad input, found before training; the message is one sentence."""
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn the errors of bad input into `Refusal`."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
-        raise Refusal(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "peft", "triton", "bitsandbytes", "safetensors")
 
 
-def write(
-    run: Run, output: Path, trainer: Tuner, after: Evaluation, audit: dict[str, Any]
-) -> None:
+def write(run: Run, output: Path, trainer: Tuner, after: Evaluation, audit: dict[str, Any]) -> None:
     """Write weights, page and, last, metrics.json: with it the run is finished."""
     weights = output / directory.WEIGHTS
     weights.mkdir(exist_ok=True)
@@ -60,6 +58,7 @@ def collect(
         "quantize": run.config.quantize,
         "base": run.before.scores,
         "tuned": after.scores,
+        "retained": run.retained(),
         "trainable_parameters": trained,
         "total_parameters": total,
         "steps": trainer.state.global_step,

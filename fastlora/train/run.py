@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from fastlora.train import checkpoints, directory, memory, results
+from fastlora.train import checkpoints, directory, memory, results, retention
 from fastlora.train.arguments import AUTO, make_arguments, split_arguments
 from fastlora.train.callbacks import Audit, Bar, Clock, Interruption
 from fastlora.train.config import RunConfig
@@ -65,6 +65,10 @@ class Run:
         self._base = loaded.model
         memory.check_budget(loaded.model, self.extras.memory_budget_gib)
         self.before = self._score_base(fields)
+        self.body = retention.body_of(loaded.model)
+        if self.body is not None:
+            held_out = self.data.valid
+            self.features = retention.features(self.task, loaded.model, self.body, held_out)
         self.model: Any = self.strategy.apply(loaded, self.task.task_type, config.seed)
         self.model.config.use_cache = False
         memory.check_budget(self.model, self.extras.memory_budget_gib)
@@ -75,8 +79,13 @@ class Run:
             )
             self.say(f"batch size {self.batch_size} fits")
         self.arguments = make_arguments(
-            fields, self.extras, config.output / directory.CHECKPOINTS,
-            self.strategy.learning_rate, self.task.metric, self.task.greater, self.batch_size,
+            fields,
+            self.extras,
+            config.output / directory.CHECKPOINTS,
+            self.strategy.learning_rate,
+            self.task.metric,
+            self.task.greater,
+            self.batch_size,
         )
 
     def say(self, line: str) -> None:
@@ -87,7 +96,9 @@ class Run:
         """Raise unless method, task and storage go together."""
         method, task_type = self.strategy, self.task.task_type
         if self.task.vision and not method.vision:
-            raise Refusal(f"method {method.name} works on tokens, which task {self.task.name} lacks")
+            raise Refusal(
+                f"method {method.name} works on tokens, which task {self.task.name} lacks"
+            )
         if method.tasks is not None and task_type not in method.tasks:
             raise Refusal(f"method {method.name} can't do task {self.task.name}; choose another")
         if self.config.quantize and not method.freezes:
@@ -102,6 +113,13 @@ class Run:
             return Evaluation(**json.loads(stored.read_text(encoding="utf-8")))
         batch_size = fields.get("per_device_eval_batch_size", 32)
         return self.task.evaluate(self._base, self.data.test, batch_size)
+
+    def retained(self) -> float | None:
+        """Return how like the base's features are to what they were; None: not known."""
+        if self.body is None:
+            return None
+        now = retention.features(self.task, self.model, self.body, self.data.valid)
+        return retention.similarity(self.features, now)
 
     def train(self) -> Path:
         """Train, score and write everything; return the run's directory.
@@ -131,8 +149,14 @@ class Run:
         patience = self.extras.early_stopping_patience
         stops = [transformers.EarlyStoppingCallback(patience)] if patience else []
         trainer = Tuner(
-            self.task, self.extras, self.head, on_loss, model=self.model, args=self.arguments,
-            train_dataset=self.data.train, eval_dataset=self.data.valid,
+            self.task,
+            self.extras,
+            self.head,
+            on_loss,
+            model=self.model,
+            args=self.arguments,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.valid,
             callbacks=[clock, audit, interruption, Bar(self.console), *stops],
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -167,4 +191,3 @@ def describe(run: Run) -> str:
         f"{run.config.method} on {run.config.model}{stored}: {trained:,} of {total:,} parameters"
         f" are trained ({trained / total:.2%}), on {device_of()}"
     )
-

@@ -53,7 +53,9 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.task.collate(examples), _PLACES: [e.get("place", "") for e in examples]}
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any
+    ) -> Tensor:
         """Run a step, and keep its loss; one that is not finite counts as nothing."""
         self.watch.places = inputs.pop(_PLACES, [])
         self.watch.batch = inputs
@@ -113,7 +115,11 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             owner = self.model if model is None else model
             groups = parameter_groups(
-                owner, self.args.learning_rate, self.args.weight_decay, self.extras, self.head,
+                owner,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                self.extras,
+                self.head,
                 set(self.get_decay_parameter_names(owner)),
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, owner)
@@ -126,7 +132,9 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         found = self.scores_of(chosen)
         metrics = {f"eval_{name}": value for name, value in found.scores.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def scores_of(self, examples: Any) -> Evaluation:

@@ -6,10 +6,7 @@ import torch
 from fastlora_kernels.regimes import Plan
 
 from fastlora import tune
-
-
-class Refusal(Exception):
-    """Why it can't be done, in one sentence."""
+from fastlora.train.refusal import Refusal
 
 
 def run(show: bool) -> None:

@@ -86,9 +86,7 @@ def read_rows(source: str, split: str, skip_bad: bool) -> Rows:
 def _file(path: Path) -> list[Row | str]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise Refusal(
-            f"a data file must be one of {', '.join(READERS)}, got {path}; convert it"
-        )
+        raise Refusal(f"a data file must be one of {', '.join(READERS)}, got {path}; convert it")
     try:
         return list(reader(path))
     except UnicodeDecodeError as error:

@@ -108,7 +108,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise Refusal(f"{path} must be a whole safetensors file, but it is damaged: {error}") from None
+        raise Refusal(
+            f"{path} must be a whole safetensors file, but it is damaged: {error}"
+        ) from None
     return found
 
 

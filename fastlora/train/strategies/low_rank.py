@@ -35,7 +35,9 @@ class LowRankStrategy(Strategy):
         names = {field.name for field in dataclasses.fields(self.config_class)}
         fields = self.take(*(names - set(self.fixed) - {"task_type"}))
         try:
-            self.config = self.config_class(**{"target_modules": "all-linear", **fields, **self.fixed})
+            self.config = self.config_class(
+                **{"target_modules": "all-linear", **fields, **self.fixed}
+            )
         except (TypeError, ValueError, NotImplementedError) as error:
             raise Refusal(f"adapter: {error}") from error
 

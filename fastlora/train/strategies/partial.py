@@ -32,7 +32,9 @@ class Partial(Strategy):
         if self.modules is not None and "blocks" in fields:
             raise Refusal("adapter must have blocks or modules for method partial, got both")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise Refusal(f"adapter.blocks must be a whole number of at least 1, got {self.blocks!r}")
+            raise Refusal(
+                f"adapter.blocks must be a whole number of at least 1, got {self.blocks!r}"
+            )
         if self.modules is not None and (
             not isinstance(self.modules, list) or not all(isinstance(m, str) for m in self.modules)
         ):

@@ -15,8 +15,16 @@ from fastlora.train.models import Loaded
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies.base import Strategy
 
-_NOT_OURS = {"peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version",
-             "base_model_name_or_path", "revision", "num_transformer_submodules"}
+_NOT_OURS = {
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "num_transformer_submodules",
+}
 
 
 class PromptLearning(Strategy):

@@ -128,7 +128,9 @@ class Task(ABC):
         """Return a batch for the model, labels included."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return the scores on examples, computed batch by batch without keeping logits."""
 
     @abstractmethod
@@ -142,15 +144,13 @@ class Task(ABC):
     def tokens_of(self, batch: dict[str, Any]) -> int:
         """Return how many tokens, patches or images a batch has, padding left out."""
         mask = batch.get("attention_mask")
-        return int(mask.sum()) if mask is not None else int(len(batch["labels"]))
+        return int(mask.sum()) if mask is not None else len(batch["labels"])
 
     def save(self, directory: Any) -> None:
         """Write what `predict` needs beside the model: tokenizer or image processor."""
 
 
-def batches(
-    task: Task, model: nn.Module, examples: Sequence[Example], batch_size: int
-) -> Any:
+def batches(task: Task, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Any:
     """Yield (examples, inputs, outputs) of a model in inference, batch by batch.
 
     Examples of like length go together, so that little is padded; the order is not the given one.

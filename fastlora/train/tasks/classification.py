@@ -34,8 +34,13 @@ class Classification(ClassLabels, TextTask):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with a final layer for the classes."""
         return load_model(
-            self.config.model, "AutoModelForSequenceClassification", quantize=quantize, wide=wide,
-            seed=self.config.seed, classes=self.classes, pad_token_id=self.tokenizer.pad_token_id,
+            self.config.model,
+            "AutoModelForSequenceClassification",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            classes=self.classes,
+            pad_token_id=self.tokenizer.pad_token_id,
             problem_type="single_label_classification",
         )
 
@@ -48,7 +53,9 @@ class Classification(ClassLabels, TextTask):
         """Return padded tokens, and labels (M,)."""
         return {**self.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return accuracy, macro F1 and loss, and the confusion matrix."""
         return scores.evaluate_classes(self, model, examples, batch_size)
 

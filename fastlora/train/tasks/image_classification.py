@@ -55,8 +55,12 @@ class ImageClassification(ClassLabels):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with a final layer for the classes."""
         return load_model(
-            self.config.model, "AutoModelForImageClassification", quantize=quantize, wide=wide,
-            seed=self.config.seed, classes=self.classes,
+            self.config.model,
+            "AutoModelForImageClassification",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            classes=self.classes,
         )
 
     def pixels(self, row: Row) -> torch.Tensor:
@@ -90,7 +94,9 @@ class ImageClassification(ClassLabels):
         pixels = torch.stack([example["pixel_values"] for example in examples])
         return {"pixel_values": pixels, "labels": torch.tensor([e["label"] for e in examples])}
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return accuracy, macro F1 and loss, and the confusion matrix."""
         return scores.evaluate_classes(self, model, examples, batch_size)
 

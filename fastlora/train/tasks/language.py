@@ -24,7 +24,10 @@ class LanguageTask(TextTask):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with its own output layer."""
         return load_model(
-            self.config.model, "AutoModelForCausalLM", quantize=quantize, wide=wide,
+            self.config.model,
+            "AutoModelForCausalLM",
+            quantize=quantize,
+            wide=wide,
             seed=self.config.seed,
         )
 
@@ -45,15 +48,19 @@ class LanguageTask(TextTask):
         mask = batch.get("attention_mask")
         return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return the loss per learnt token and its exponential; a few samples beside."""
         total, count = 0.0, 0
         for _, inputs, outputs in batches(self, model, examples, batch_size):
             learnt = int((inputs["labels"][:, 1:] != IGNORED).sum())
             total, count = total + float(outputs.loss) * learnt, count + learnt
         loss = total / max(count, 1)
-        return Evaluation({"loss": loss, "perplexity": perplexity(loss)},
-                          samples=self.samples(model, examples[:3]))
+        return Evaluation(
+            {"loss": loss, "perplexity": perplexity(loss)},
+            samples=self.samples(model, examples[:3]),
+        )
 
     def samples(self, model: nn.Module, examples: Sequence[Example]) -> list[tuple[str, str, str]]:
         """Return (prompt, text, continuation) of a few examples, decoded greedily."""
@@ -82,8 +89,11 @@ class LanguageTask(TextTask):
         try:
             with torch.no_grad():
                 out = model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                    max_new_tokens=tokens, pad_token_id=self.tokenizer.pad_token_id,
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=False,
+                    max_new_tokens=tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
                 )
         finally:
             model.train(was_training)

@@ -36,13 +36,19 @@ class QuestionAnswering(TextTask):
         """Load the tokenizer, which must know where its tokens come from."""
         super().prepare()
         if not self.tokenizer.is_fast:
-            raise Refusal(f"task {self.name} needs a fast tokenizer, but {self.config.model} has none")
+            raise Refusal(
+                f"task {self.name} needs a fast tokenizer, but {self.config.model} has none"
+            )
 
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with a final layer for start and end."""
         return load_model(
-            self.config.model, "AutoModelForQuestionAnswering", quantize=quantize, wide=wide,
-            seed=self.config.seed, outputs=2,
+            self.config.model,
+            "AutoModelForQuestionAnswering",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            outputs=2,
         )
 
     def examples(self, row: Row, train: bool) -> list[Example]:
@@ -62,9 +68,14 @@ class QuestionAnswering(TextTask):
 
     def _windows(self, question: str, context: str) -> list[Example]:
         found = self.tokenizer(
-            question, context, truncation="only_second", max_length=self.max_length,
-            stride=min(64, self.max_length // 4), return_overflowing_tokens=True,
-            return_offsets_mapping=True, verbose=False,
+            question,
+            context,
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=min(64, self.max_length // 4),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         count = len(found["input_ids"])
         self.long += count > 1
@@ -74,7 +85,8 @@ class QuestionAnswering(TextTask):
             names = [n for n in self.tokenizer.model_input_names if n in found]
             window: Example = {name: found[name][i] for name in names}
             window["offsets"] = [
-                place if kept[k] == 1 else None for k, place in enumerate(found["offset_mapping"][i])
+                place if kept[k] == 1 else None
+                for k, place in enumerate(found["offset_mapping"][i])
             ]
             windows.append(window)
         return windows
@@ -90,7 +102,9 @@ class QuestionAnswering(TextTask):
         mask = batch.get("attention_mask", batch["input_ids"])
         return int((mask != 0).sum())
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return exact match and F1 of words, the best window of each row counting."""
         total, best = 0.0, {}
         for chosen, _, outputs in batches(self, model, examples, batch_size):
@@ -103,8 +117,11 @@ class QuestionAnswering(TextTask):
         shared = [spans.overlap(e["answer"], t) for _, t, e in best.values()]
         count = max(len(best), 1)
         samples = [(e["context"][:200], e["answer"], t) for _, t, e in list(best.values())[:5]]
-        found = {"exact_match": sum(exact) / count, "f1": sum(shared) / count,
-                 "loss": total / max(len(examples), 1)}
+        found = {
+            "exact_match": sum(exact) / count,
+            "f1": sum(shared) / count,
+            "loss": total / max(len(examples), 1),
+        }
         return Evaluation(found, samples=samples)
 
     def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:

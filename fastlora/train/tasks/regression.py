@@ -31,8 +31,13 @@ class Regression(TextTask):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with a final layer for one number."""
         return load_model(
-            self.config.model, "AutoModelForSequenceClassification", quantize=quantize, wide=wide,
-            seed=self.config.seed, outputs=1, pad_token_id=self.tokenizer.pad_token_id,
+            self.config.model,
+            "AutoModelForSequenceClassification",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            outputs=1,
+            pad_token_id=self.tokenizer.pad_token_id,
             problem_type="regression",
         )
 
@@ -55,7 +60,9 @@ class Regression(TextTask):
         """Return padded tokens, and labels (M,) float32."""
         return {**self.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return the errors; loss is the mean squared one."""
         from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 

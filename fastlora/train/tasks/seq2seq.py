@@ -34,7 +34,10 @@ class Seq2Seq(TextTask):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with its own output layer."""
         return load_model(
-            self.config.model, "AutoModelForSeq2SeqLM", quantize=quantize, wide=wide,
+            self.config.model,
+            "AutoModelForSeq2SeqLM",
+            quantize=quantize,
+            wide=wide,
             seed=self.config.seed,
         )
 
@@ -52,7 +55,9 @@ class Seq2Seq(TextTask):
         """Return padded tokens and labels; the model shifts the labels itself."""
         return {**self.pad(examples), **pad_right(examples, ["labels"], {"labels": IGNORED})}
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return the loss per token, and exact match and word F1 of generated outputs."""
         total, count = 0.0, 0
         for _, inputs, outputs in batches(self, model, examples, batch_size):
@@ -82,7 +87,9 @@ class Seq2Seq(TextTask):
                 rows = [self.encode(text) for text in sources[start : start + batch_size]]
                 inputs = {key: value.to(device) for key, value in self.pad(rows).items()}
                 with torch.no_grad():
-                    out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+                    out = model.generate(
+                        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
+                    )
                 found += self.tokenizer.batch_decode(out, skip_special_tokens=True)
         finally:
             model.train(was_training)

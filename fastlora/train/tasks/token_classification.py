@@ -34,7 +34,9 @@ class TokenClassification(TextTask):
         """Load the tokenizer, which must know where words end."""
         super().prepare()
         if not self.tokenizer.is_fast:
-            raise Refusal(f"task {self.name} needs a fast tokenizer, but {self.config.model} has none")
+            raise Refusal(
+                f"task {self.name} needs a fast tokenizer, but {self.config.model} has none"
+            )
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Take the tags of the training rows."""
@@ -56,8 +58,13 @@ class TokenClassification(TextTask):
     def load(self, quantize: str | None, wide: bool) -> Loaded:
         """Return the model with a final layer for the tags."""
         return load_model(
-            self.config.model, "AutoModelForTokenClassification", quantize=quantize, wide=wide,
-            seed=self.config.seed, classes=self.classes, pad_token_id=self.tokenizer.pad_token_id,
+            self.config.model,
+            "AutoModelForTokenClassification",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            classes=self.classes,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
 
     def _words(self, row: Row) -> list[str]:
@@ -79,7 +86,9 @@ class TokenClassification(TextTask):
         """Return the words' tokens and the tags of their first ones."""
         words, tags = self._words(row), _texts(row.values.get(self.columns["tags"]))
         if len(words) != len(tags):
-            raise BadRow(f"there must be a tag for each word, got {len(words)} words, {len(tags)} tags")
+            raise BadRow(
+                f"there must be a tag for each word, got {len(words)} words, {len(tags)} tags"
+            )
         assert self.classes is not None
         inputs, places = self._inputs(words)
         labels = [IGNORED if i is None else self.classes.index(tags[i]) for i in places]
@@ -89,7 +98,9 @@ class TokenClassification(TextTask):
         """Return padded tokens, and labels (M, T)."""
         return self.pad(examples, ["labels"])
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Evaluation:
         """Return the scores per word, and F1 of the entities where tags are B-, I- and O."""
         truth: list[int] = []
         given: list[int] = []

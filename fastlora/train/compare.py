@@ -1,0 +1,210 @@
+"""Several methods over the same data and seeds: one table, one page, one recommendation."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fastlora.train import charts, directory, page
+from fastlora.train.config import RunConfig
+from fastlora.train.refusal import Refusal
+from fastlora.train.strategies import strategy
+from fastlora.train.tasks import task
+
+SETTINGS = ("learning_rate",)  # fields that each method sets for itself, if it can
+
+
+@dataclass
+class Line:
+    """One method's results over all seeds.
+
+    Attributes:
+        method: its name.
+        score: mean of the task's score on the test rows.
+        spread: its standard deviation over seeds; 0 for one seed.
+        base: the base's mean score.
+        retained: mean similarity of the base's features before and after; None: not known.
+        trainable: parameters.
+        bytes: of the saved weights.
+        peak: bytes of memory.
+        seconds: in steps.
+        seeds: how many runs.
+        refused: why it could not run; "" where it could.
+    """
+
+    method: str
+    score: float = float("nan")
+    spread: float = 0.0
+    base: float = float("nan")
+    retained: float | None = None
+    trainable: int = 0
+    bytes: int = 0
+    peak: int = 0
+    seconds: float = 0.0
+    seeds: int = 0
+    refused: str = ""
+
+
+def compare(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], console: Console
+) -> list[Line]:
+    """Run every method with every seed, each in its own process, and write table and page.
+
+    Finished runs of the same config are taken as they are, so an interrupted comparison goes on.
+
+    Args:
+        config: of all runs; its `adapter` section is for its own method alone.
+        methods: names.
+        seeds: of data split, head, adapter and order.
+        console: where the table goes.
+
+    Raises:
+        Refusal: a method is unknown, or no method could run.
+    """
+    for method in methods:
+        strategy(method)
+    kind = task(config.task)
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise Refusal(f"output must be a directory, but {output} is a file; choose another")
+    output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for method in methods:
+        with console.status(f"{method}: {len(seeds)} seeds"):
+            line = _line(config, method, seeds, kind.metric, output)
+        lines.append(line)
+        result = line.refused or f"{kind.metric} {line.score:.4f}"
+        console.print(f"{method}: {result}", highlight=False, soft_wrap=True, markup=False)
+    done = [line for line in lines if not line.refused]
+    if not done:
+        raise Refusal(f"at least one method must run, but none did; {lines[0].method}:"
+                      f" {lines[0].refused}")
+    advice = recommend(done, kind.greater, kind.metric)
+    _show(lines, kind.metric, advice, console)
+    rows = {"metric": kind.metric, "greater": kind.greater, "recommended": advice}
+    content = {**rows, "methods": [asdict(line) for line in lines]}
+    directory.write_json(output / "comparison.json", content)
+    directory.write_whole(output / "comparison.html", _page(lines, kind.metric, advice, config))
+    return lines
+
+
+def _line(
+    config: RunConfig, method: str, seeds: Sequence[int], metric: str, output: Path
+) -> Line:
+    found = []
+    for seed in seeds:
+        place = output / f"{method}-{seed}"
+        if not (place / directory.METRICS).is_file():
+            reason = _run(config, method, seed, place)
+            if reason:
+                return Line(method, refused=reason)
+        found.append(json.loads((place / directory.METRICS).read_text(encoding="utf-8")))
+    scores = [run["tuned"][metric] for run in found]
+    kept = [run["retained"] for run in found if run.get("retained") is not None]
+    return Line(
+        method,
+        statistics.fmean(scores),
+        statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        statistics.fmean(run["base"][metric] for run in found),
+        statistics.fmean(kept) if kept else None,
+        found[0]["trainable_parameters"],
+        found[0]["checkpoint_bytes"],
+        max(run["peak_memory_bytes"] for run in found),
+        statistics.fmean(run["train_seconds"] for run in found),
+        len(found),
+    )
+
+
+def _run(config: RunConfig, method: str, seed: int, place: Path) -> str:
+    """Run one method in a process of its own; return why it could not, or ""."""
+    content = config.as_dict()
+    if method != config.method:
+        content.pop("adapter", None)
+        for name in SETTINGS:
+            content.get("train", {}).pop(name, None)
+    if not strategy(method).freezes:
+        content.pop("quantize", None)
+    content.update(method=method, output=str(place))
+    content["train"] = {**content.get("train", {}), "seed": seed}
+    file = place.parent / f"{place.name}.yaml"
+    directory.write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "train", str(file)],
+        capture_output=True, text=True, check=False, env=dict(os.environ),
+    )
+    if done.returncode == 0:
+        return ""
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastlora: ")]
+    return said[-1].removeprefix("fastlora: ") if said else f"exit status {done.returncode}"
+
+
+def recommend(lines: Sequence[Line], greater: bool, metric: str) -> str:
+    """Return which method to take, and why: the cheapest that is as good as the best.
+
+    As good is within one standard deviation of the best, or within 1 % of it.
+    """
+    sign = 1 if greater else -1
+    best = max(lines, key=lambda line: sign * line.score)
+    margin = max(best.spread, 0.01 * abs(best.score))
+    close = [line for line in lines if sign * (best.score - line.score) <= margin]
+    chosen = min(close, key=lambda line: (line.bytes, line.peak))
+    if chosen is best:
+        return f"{best.method}: it has the best {metric}, {best.score:.4g}, and none cheaper is near"
+    return (
+        f"{chosen.method}: its {metric} of {chosen.score:.4g} is within {margin:.2g} of the best"
+        f" ({best.method}, {best.score:.4g}), and it saves {chosen.bytes / 2**20:.2f} MiB instead of"
+        f" {best.bytes / 2**20:.2f}"
+    )
+
+
+def _cells(line: Line) -> list[str]:
+    if line.refused:
+        return [line.method, f"could not run: {line.refused}", *[""] * 6]
+    spread = f" ± {line.spread:.3f}" if line.seeds > 1 else ""
+    kept = "" if line.retained is None else f"{line.retained:.3f}"
+    return [
+        line.method, f"{line.score:.4f}{spread}", f"{line.base:.4f}", kept, f"{line.trainable:,}",
+        f"{line.bytes / 2**20:.2f}", f"{line.peak / 2**20:,.0f}", f"{line.seconds:.1f}",
+    ]  # fmt: skip
+
+
+_HEADER = ("method", "score", "base", "base kept", "trained", "saved, MiB", "peak, MiB", "seconds")
+
+
+def _show(lines: Sequence[Line], metric: str, advice: str, console: Console) -> None:
+    table = Table(*_HEADER, title=f"{metric} on the test rows")
+    for line in lines:
+        table.add_row(*_cells(line))
+    console.print(table)
+    console.print(f"Recommended: {advice}.", highlight=False, soft_wrap=True)
+
+
+def _page(lines: Sequence[Line], metric: str, advice: str, config: RunConfig) -> str:
+    done = [line for line in lines if not line.refused]
+    rows: list[tuple[str, float, float | None]] = [
+        (line.method, line.score, line.spread if line.seeds > 1 else None) for line in done
+    ]
+    times: list[tuple[str, float, float | None]] = [(l.method, l.seconds, None) for l in done]
+    sizes: list[tuple[str, float, float | None]] = [(l.method, l.bytes / 2**20, None) for l in done]
+    parts: list[Any] = [
+        f'<p class="soft">{config.task} on {config.model}</p>',
+        f"<p><b>Recommended:</b> {advice}.</p>",
+        f"<h2>{metric} on the test rows</h2>", charts.bars(rows, metric),
+        "<h2>Seconds in steps</h2>", charts.bars(times, "seconds"),
+        "<h2>Saved weights, MiB</h2>", charts.bars(sizes, "MiB"),
+        "<h2>All figures</h2>", page.table(_HEADER, [_cells(line) for line in lines]),
+        '<p class="soft">base kept: mean cosine between what the pre-trained body gives for the'
+        " same inputs before and after; 1 is no change</p>",
+    ]  # fmt: skip
+    return page.document("Methods compared", "".join(parts))

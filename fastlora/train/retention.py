@@ -1,0 +1,58 @@
+"""How much of the base is left: are its features of the same inputs still what they were?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastlora.train.tasks.base import Example, Task, to_device
+
+LOOKED_AT = 32
+
+
+def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example]) -> Tensor:
+    """Return what the pre-trained body gives for each input alone, averaged over places: (M, H).
+
+    Args:
+        task: makes batches of the examples.
+        model: the whole model, adapters included.
+        body: the name of the module in it that was pre-trained, without what wraps it.
+        examples: the inputs; the first 32 are taken.
+    """
+    found: list[Tensor] = []
+    module = next(m for name, m in model.named_modules() if f".{name}".endswith(f".{body}"))
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        hidden = getattr(first, "last_hidden_state", first)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        wide = hidden.detach().float()
+        found.append(wide.mean(dim=1)[0] if wide.dim() == 3 else wide.flatten(2).mean(dim=2)[0])
+
+    handle = module.register_forward_hook(keep)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for example in examples[:LOOKED_AT]:
+                model(**to_device(task.collate([example]), device))
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return torch.stack(found[:LOOKED_AT])
+
+
+def body_of(model: nn.Module) -> str | None:
+    """Return the name of a model's pre-trained body; None: it is not known."""
+    name = getattr(model, "base_model_prefix", None)
+    return name if name and isinstance(getattr(model, name, None), nn.Module) else None
+
+
+def similarity(before: Tensor, after: Tensor) -> float:
+    """Return the mean cosine between features; 1: nothing was forgotten."""
+    return float(functional.cosine_similarity(before, after, dim=-1).mean())
