@@ -97,8 +97,10 @@ def load_model(
         before = dict(getattr(config, "id2label", None) or {})
         for key, value in options.items():
             setattr(config, key, value)
-        with torch.device("meta"):
-            head = head_of(kind.from_config(config))
+        head = []
+        if classes is not None or outputs is not None:
+            with torch.device("meta"):
+                head = head_of(kind.from_config(config))
         model, fresh = _load(place, kind, options, quantize, wide, head)
     except (OSError, ValueError, KeyError) as error:
         raise Refusal(_reason(name, auto_class, error)) from error
@@ -140,14 +142,19 @@ def _load(
     return model, [*info["missing_keys"], *mismatched]
 
 
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
+
+
 def head_of(model: nn.Module) -> list[str]:
-    """Return the names of a model's final layers: its children beside the pre-trained body."""
+    """Return the names of a model's final layers: its children beside the pre-trained body.
+
+    A model that does not say which child its body is has a head of one of the usual names.
+    """
     body = getattr(model, "base_model_prefix", "")
-    return [
-        name
-        for name, child in model.named_children()
-        if name != body and name != "lm_head" and any(True for _ in child.parameters())
-    ]
+    children = {n: c for n, c in model.named_children() if any(True for _ in c.parameters())}
+    if body in children:
+        return [name for name in children if name != body]
+    return [name for name in children if name in HEADS]
 
 
 def _reset(model: Any, head: list[str]) -> None:

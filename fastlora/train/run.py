@@ -165,6 +165,8 @@ class Run:
         if self.resumes:
             self.say(f"going on after step {step}")
         directory.cut_log(log, step)
+        if newest is not None and trainer.take_stopped(newest):
+            return trainer, audit
         with interruption.listening():
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:

@@ -143,6 +143,17 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             return self.task.evaluate(self.model, examples, batch_size)
 
+    def take_stopped(self, checkpoint: Path) -> bool:
+        """Take the best weights, if early stopping had ended the run with this checkpoint."""
+        found = json.loads(checkpoints.read(checkpoint)[_STATE])
+        entry = found["stateful_callbacks"].get("EarlyStoppingCallback", {})
+        counted = entry.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if not entry or counted < entry["args"]["early_stopping_patience"]:
+            return False
+        self.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
+        self._load_best_model()
+        return True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything that a resumed run needs, so that it is whole or absent."""
         root, step = Path(self.args.output_dir), self.state.global_step

@@ -1,0 +1,205 @@
+"""Runs that are interrupted, killed or damaged go on, and end with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fastlora.train import checkpoints, directory
+from fastlora.train.callbacks import Clock
+from fastlora.train.config import read_config
+from fastlora.train.refusal import Refusal
+from fastlora.train.run import Interrupted, Run
+from tests.train import world
+
+QUIET = Console(quiet=True)
+DROPOUT = {"adapter": {"r": 2, "lora_dropout": 0.2},
+           "train": {"max_steps": 9, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2}}  # fmt: skip
+
+
+def losses(output: Path) -> list[Any]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in directory.read_log(output / "log.jsonl")]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((output / "model").glob("*.safetensors")))
+
+
+def whole(tmp_path: Path, method: str = "lora", **fields: Any) -> tuple[Path, Path]:
+    """An uninterrupted run; returns its YAML and its output."""
+    file = world.write_run(tmp_path, "classification", method, **fields)
+    Run(read_config(file), QUIET).train()
+    return file, tmp_path / "out"
+
+
+def check_equal(first: Path, second: Path) -> None:
+    assert losses(first) == losses(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    scores = [json.loads((p / "metrics.json").read_text())["tuned"] for p in (first, second)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, first = whole(tmp_path, **DROPOUT)
+    output = tmp_path / "again"
+    config = read_config(file, [f"output={output}"])
+    stopped = Run(config, QUIET)
+
+    def send(self: Clock, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "on_step_begin", send)
+        with pytest.raises(Interrupted, match=f"after step {step + 1}, which is saved") as stop:
+            stopped.train()
+    assert stop.value.status == 128 + number
+    assert not (output / "metrics.json").exists()
+    resumed = Run(config, QUIET)
+    assert resumed.resumes
+    resumed.train()
+    check_equal(first, output)
+
+
+def test_full_fine_tuning_with_early_stopping_resumes(tmp_path: Path) -> None:
+    extra = {"train": {"max_steps": 12, "early_stopping_patience": 2, "eval_steps": 2, "save_steps": 2}}
+    file, first = whole(tmp_path, "full", **extra)
+    output = tmp_path / "again"
+    config = read_config(file, [f"output={output}"])
+    run = Run(config, QUIET)
+    run.train()
+    kept = sorted(checkpoints.steps(output / "checkpoints"))
+    (output / "metrics.json").unlink()  # as if it was killed just before the end
+    Run(config, QUIET).train()
+    check_equal(first, output)
+    assert json.loads((output / "metrics.json").read_text())["best_step"] in kept
+
+
+KILLER = """
+import os, signal, sys
+from fastlora.train import checkpoints
+count, kill_at = 0, int(sys.argv[2])
+def counted(path, data, real=checkpoints.write_file):
+    global count
+    count += 1
+    if count == kill_at:
+        path.write_bytes(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, data)
+checkpoints.write_file = counted
+from rich.console import Console
+from fastlora.train.config import read_config
+from fastlora.train.run import Run
+from pathlib import Path
+Run(read_config(Path(sys.argv[1]), sys.argv[3:]), Console(quiet=True)).train()
+"""
+
+
+def test_sigkill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    file, first = whole(tmp_path, **DROPOUT)
+    output, draw = tmp_path / "again", random.Random(0)
+    for _ in range(3):
+        arguments = [str(file), str(draw.randint(1, 20)), f"output={output}"]
+        done = subprocess.run([sys.executable, "-c", KILLER, *arguments], check=False)
+        assert done.returncode == -signal.SIGKILL
+    Run(read_config(file, [f"output={output}"]), QUIET).train()
+    check_equal(first, output)
+    assert not list((output / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, damage: str
+) -> None:
+    file, first = whole(tmp_path, **DROPOUT)
+    output = tmp_path / "again"
+    config = read_config(file, [f"output={output}"])
+    Run(config, QUIET).train()
+    (output / "metrics.json").unlink()
+    newest = checkpoints.steps(output / "checkpoints")[0]
+    victim = output / "checkpoints" / f"checkpoint-{newest}" / "optimizer.safetensors"
+    data = bytearray(victim.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "cut":
+        victim.write_bytes(data[:-1])
+    else:
+        victim.unlink()
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    Run(config, console).train()
+    text = console.export_text()
+    assert f"the checkpoint of step {newest} is damaged" in text and "going on after step" in text
+    check_equal(first, output)
+
+
+def test_every_flipped_byte_and_every_cut_is_found(tmp_path: Path) -> None:
+    files = {"a.safetensors": b"0123456789" * 3, "b.json": b"{}"}
+    path = checkpoints.write(tmp_path, 3, files)
+    assert checkpoints.read(path) == files
+    for name in (*files, checkpoints.MANIFEST):
+        good = (path / name).read_bytes()
+        for i in range(len(good)):
+            (path / name).write_bytes(good[:i] + bytes([good[i] ^ 4]) + good[i + 1 :])
+            with pytest.raises(checkpoints.DamagedCheckpoint):
+                checkpoints.read(path)
+            (path / name).write_bytes(good[:i])
+            with pytest.raises(checkpoints.DamagedCheckpoint):
+                checkpoints.read(path)
+        (path / name).write_bytes(good)
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.write(tmp_path, 1, {"a": b"old"})
+    real, left = checkpoints.write_file, [1]
+
+    def full(path: Path, data: bytes) -> None:
+        if not left[0]:
+            raise OSError(28, "No space left on device", str(path))
+        left[0] -= 1
+        real(path, data)
+
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    for step in (1, 2):
+        left[0] = 1
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.write(tmp_path, step, {"a": b"new", "b": b"more"})
+    assert checkpoints.read(tmp_path / "checkpoint-1") == {"a": b"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_replaced_checkpoint_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path, 1, {"a": b"old"})
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-old-1-99")
+    checkpoints.clean(tmp_path)
+    assert checkpoints.read(tmp_path / "checkpoint-1") == {"a": b"old"}
+
+
+def test_an_unfinished_run_of_another_config_is_left_alone(tmp_path: Path) -> None:
+    file, output = whole(tmp_path)
+    with pytest.raises(Refusal, match="holds a finished run"):
+        Run(read_config(file), QUIET)
+    (output / "metrics.json").unlink()
+    with pytest.raises(Refusal, match="unfinished run that differs in train"):
+        Run(read_config(file, ["train.learning_rate=1e-4"]), QUIET)
+    with directory.claimed(read_config(file)), pytest.raises(Refusal, match="another run writes"):
+        Run(read_config(file), QUIET).train()

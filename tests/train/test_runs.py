@@ -1,0 +1,82 @@
+"""The contract of `fastlora train`: every task with every method, from a file to a scored result."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from rich.console import Console
+
+from fastlora.train import finished
+from fastlora.train.config import read_config
+from fastlora.train.refusal import Refusal
+from fastlora.train.run import Run
+from fastlora.train.strategies import strategies
+from fastlora.train.tasks import tasks
+from tests.train import world
+
+QUIET = Console(quiet=True)
+HEADED = {"classification", "regression", "token-classification", "question-answering",
+          "image-classification"}  # fmt: skip
+
+
+def fits(task: str, method: str) -> bool:
+    kind = strategies()[method]
+    if method == "head":
+        return task in HEADED
+    if tasks()[task].vision and not kind.vision:
+        return False
+    return kind.tasks is None or tasks()[task].task_type in kind.tasks
+
+
+PAIRS = [(t, m, q) for t in tasks() for m in strategies() for q in (None, "nf4") if fits(t, m)
+         and (q is None or (strategies()[m].freezes and t in ("classification", "causal-lm")))]  # fmt: skip
+
+
+def run(file: Path, *overrides: str) -> tuple[Run, dict[str, Any]]:
+    made = Run(read_config(file, overrides), QUIET)
+    output = made.train()
+    return made, json.loads((output / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(("task", "method", "quantize"), PAIRS, ids=["-".join(map(str, p)) for p in PAIRS])
+def test_every_task_with_every_method(
+    tmp_path: Path, task: str, method: str, quantize: str | None
+) -> None:
+    file = world.write_run(tmp_path, task, method, quantize=quantize)
+    made, metrics = run(file)
+    assert metrics["steps"] == 6 and metrics["skipped_steps"] == 0
+    assert metrics["audit"] == {"without_gradient": [], "base_unchanged": True}
+    assert set(metrics["base"]) == set(metrics["tuned"])
+    assert all(math.isfinite(value) for value in metrics["tuned"].values())
+    if method not in ("prefix", "prompt"):  # these begin with a random prompt
+        assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
+    assert 0 < metrics["trainable_parameters"] <= metrics["total_parameters"]
+    assert metrics["checkpoint_bytes"] > 0
+    output = tmp_path / "out"
+    page = (output / "report.html").read_text()
+    assert "http" not in page.replace('http-equiv', "") and "<svg" in page
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    # what was saved gives the same scores again
+    again = finished.evaluate(output, str(tmp_path / "test.jsonl"), QUIET)
+    for name, value in metrics["tuned"].items():
+        assert again[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    answers = finished.predict(output, str(tmp_path / "test.jsonl"), None, QUIET)
+    assert len(answers) == world.COUNTS["test"] and None not in answers
+
+
+def test_methods_that_a_task_cannot_take(tmp_path: Path) -> None:
+    for task, method in (("causal-lm", "head"), ("image-classification", "prefix"),
+                         ("token-classification", "prompt")):  # fmt: skip
+        with pytest.raises(Refusal):
+            run(world.write_run(tmp_path, task, method, data={}))
+        assert not (tmp_path / "out").exists()
+        for file in tmp_path.glob("*.jsonl"):
+            file.unlink()
