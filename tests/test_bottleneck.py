@@ -48,7 +48,9 @@ def test_values_and_gradients_are_those_of_the_formula(
             "tanh": torch.tanh}[act](functional.linear(y, down, d))  # fmt: skip
     truth = y + 0.7 * functional.linear(made, up, u)
     truth.square().sum().backward()
-    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
+    close: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
+    )
     torch.testing.assert_close(found.double(), truth, **close)
     assert z.grad is not None and x.grad is not None
     scale = float(z.grad.abs().max())

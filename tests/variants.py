@@ -1,4 +1,4 @@
-"""Configs of every adapter method that changes weights, small: the contract tests run each of them."""
+"""Configs of every adapter method that changes weights: the contract tests run each of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from fastlora.adapters import METHODS, AdapterConfig
 IN_FEATURES, OUT_FEATURES = 48, 40
 
 VARIANTS: dict[str, AdapterConfig] = {
-    **{f"{name} by default": method.config_class(r=2) for name, method in METHODS.items()
-       if method.mergeable},
+    **{
+        f"{name} by default": method.config_class(r=2)
+        for name, method in METHODS.items()
+        if method.mergeable
+    },
     "rslora": LoraConfig(r=4, lora_alpha=6, use_rslora=True),
     "dora": LoraConfig(r=4, use_dora=True),
     "rslora and dora": LoraConfig(r=4, lora_alpha=6, use_rslora=True, use_dora=True),

@@ -101,7 +101,7 @@ class Bar(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Move it."""
         loss = (logs or {}).get("loss")
-        fields = {} if loss is None else {"loss": f"{loss:.3f}"}
+        fields: dict[str, Any] = {} if loss is None else {"loss": f"{loss:.3f}"}
         self.progress.update(self.task, completed=state.global_step, **fields)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -166,5 +166,5 @@ def checksum(model: nn.Module) -> int:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            total = zlib.crc32(flat.numpy(), total)
+            total = zlib.crc32(flat.numpy().data, total)
     return total

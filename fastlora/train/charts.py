@@ -29,7 +29,9 @@ def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
     parts = [_open(f"{y_label} by {x_label}")]
     for tick in ticks(y0, y1):
         y = _y(tick, y0, y1)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in ticks(x0, x1):
         x = _x(tick, x0, x1)
@@ -37,13 +39,16 @@ def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
             f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:.4g}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     for i, (_, points) in enumerate(kept):
         path = " ".join(f"{_x(x, x0, x1):.1f},{_y(y, y0, y1):.1f}" for x, y in points)
         parts.append(f'<polyline class="s{i % 4}" points="{path}"/>')
         if len(points) < 30:
             parts += [
-                f'<circle class="s{i % 4}" cx="{_x(x, x0, x1):.1f}" cy="{_y(y, y0, y1):.1f}" r="3"/>'
+                f'<circle class="s{i % 4}" r="3"'
+                f' cx="{_x(x, x0, x1):.1f}" cy="{_y(y, y0, y1):.1f}"/>'
                 for x, y in points
             ]
     legend = "".join(
@@ -54,17 +59,22 @@ def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
 
 def bars(rows: Sequence[tuple[str, float, float | None]], label: str) -> str:
     """Return horizontal bars (name, value, spread); the spread is a thin line at the end."""
-    top = max((value + (spread or 0) for _, value, spread in rows if math.isfinite(value)), default=1)
+    top = max(
+        (value + (spread or 0) for _, value, spread in rows if math.isfinite(value)), default=1
+    )
     top = top if top > 0 else 1.0
     height, left = 26, 150
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {height * len(rows) + 4}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height * len(rows) + 4}" role="img"'
+        f' aria-label="{escape(label)}">'
     ]
     room = WIDTH - left - 80
     for i, (name, value, spread) in enumerate(rows):
         y, width = i * height, max(0.0, value) / top * room if math.isfinite(value) else 0
         parts.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect class="s0" x="{left}" y="{y + 4}" width="{width:.1f}" height="18" rx="2"/>')
+        parts.append(
+            f'<rect class="s0" x="{left}" y="{y + 4}" width="{width:.1f}" height="18" rx="2"/>'
+        )
         end = left + width
         if spread:
             reach = spread / top * room

@@ -65,7 +65,7 @@ def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
 
 
 def clean(root: Path) -> None:
-    """Remove what an interrupted write left behind; a replaced checkpoint without a new one stays."""
+    """Remove what an interrupted write left; a replaced checkpoint without a new one stays."""
     for stale in root.glob(f"{_HIDDEN}*"):
         replaced = _REPLACED.match(stale.name)
         final = root / f"{PREFIX}{replaced.group(1)}" if replaced else stale

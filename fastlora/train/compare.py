@@ -88,8 +88,9 @@ def compare(
         console.print(f"{method}: {result}", highlight=False, soft_wrap=True, markup=False)
     done = [line for line in lines if not line.refused]
     if not done:
-        raise Refusal(f"at least one method must run, but none did; {lines[0].method}:"
-                      f" {lines[0].refused}")
+        raise Refusal(
+            f"at least one method must run, but none did; {lines[0].method}: {lines[0].refused}"
+        )
     advice = recommend(done, kind.greater, kind.metric)
     _show(lines, kind.metric, advice, console)
     rows = {"metric": kind.metric, "greater": kind.greater, "recommended": advice}
@@ -99,9 +100,7 @@ def compare(
     return lines
 
 
-def _line(
-    config: RunConfig, method: str, seeds: Sequence[int], metric: str, output: Path
-) -> Line:
+def _line(config: RunConfig, method: str, seeds: Sequence[int], metric: str, output: Path) -> Line:
     found = []
     for seed in seeds:
         place = output / f"{method}-{seed}"
@@ -141,7 +140,10 @@ def _run(config: RunConfig, method: str, seed: int, place: Path) -> str:
     directory.write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     done = subprocess.run(
         [sys.executable, "-m", "fastlora", "train", str(file)],
-        capture_output=True, text=True, check=False, env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
     )
     if done.returncode == 0:
         return ""
@@ -160,11 +162,13 @@ def recommend(lines: Sequence[Line], greater: bool, metric: str) -> str:
     close = [line for line in lines if sign * (best.score - line.score) <= margin]
     chosen = min(close, key=lambda line: (line.bytes, line.peak))
     if chosen is best:
-        return f"{best.method}: it has the best {metric}, {best.score:.4g}, and none cheaper is near"
+        return (
+            f"{best.method}: it has the best {metric}, {best.score:.4g}, and none cheaper is near"
+        )
     return (
         f"{chosen.method}: its {metric} of {chosen.score:.4g} is within {margin:.2g} of the best"
-        f" ({best.method}, {best.score:.4g}), and it saves {chosen.bytes / 2**20:.2f} MiB instead of"
-        f" {best.bytes / 2**20:.2f}"
+        f" ({best.method}, {best.score:.4g}), and it saves {chosen.bytes / 2**20:.2f} MiB"
+        f" instead of {best.bytes / 2**20:.2f}"
     )
 
 
@@ -195,8 +199,10 @@ def _page(lines: Sequence[Line], metric: str, advice: str, config: RunConfig) ->
     rows: list[tuple[str, float, float | None]] = [
         (line.method, line.score, line.spread if line.seeds > 1 else None) for line in done
     ]
-    times: list[tuple[str, float, float | None]] = [(l.method, l.seconds, None) for l in done]
-    sizes: list[tuple[str, float, float | None]] = [(l.method, l.bytes / 2**20, None) for l in done]
+    times: list[tuple[str, float, float | None]] = [(x.method, x.seconds, None) for x in done]
+    sizes: list[tuple[str, float, float | None]] = [
+        (line.method, line.bytes / 2**20, None) for line in done
+    ]
     parts: list[Any] = [
         f'<p class="soft">{config.task} on {config.model}</p>',
         f"<p><b>Recommended:</b> {advice}.</p>",

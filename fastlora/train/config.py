@@ -104,7 +104,7 @@ class RunConfig(Section):
         return {key: value for key, value in found.items() if value != {}}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may not appear twice."""
 
 
@@ -129,7 +129,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} appears twice", node.start_mark
             )
-    return loader.construct_mapping(node, deep=True)
+    found: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return found
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

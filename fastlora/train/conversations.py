@@ -25,7 +25,7 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
-"""For tokenizers that have no chat template: plain headings, the end-of-text token after answers."""
+"""For tokenizers without a chat template: plain headings, the end-of-text token after answers."""
 
 
 def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, dict[str, str]]:

@@ -46,9 +46,9 @@ def check_budget(model: nn.Module, budget_gib: float | None) -> None:
     beside = needed - tensor_bytes(model)  # the weights are there already
     if budget_gib is not None and needed > budget_gib * GIB:
         raise Refusal(
-            f"the run must fit in train.memory_budget_gib={budget_gib:g}, but weights, gradients and"
-            f" optimizer alone need {needed / GIB:.3f} GiB; use quantize, or a method that trains"
-            " less"
+            f"the run must fit in train.memory_budget_gib={budget_gib:g}, but weights, gradients"
+            f" and optimizer alone need {needed / GIB:.3f} GiB; use quantize, or a method that"
+            " trains less"
         )
     if beside > available_bytes(device):
         raise Refusal(

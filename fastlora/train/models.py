@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastlora import QuantConfig, from_pretrained, patch_model
+from fastlora import QuantConfig, from_pretrained
 from fastlora.layers import QuantizedLinear
 from fastlora.nano import MODEL_DIR
 from fastlora.train import timm_models
@@ -83,7 +83,7 @@ def load_model(
     """
     transformers.set_seed(seed)
     if name.startswith("timm:"):
-        return timm_models.load(name, auto_class, quantize, classes, device_of())
+        return timm_models.load(name, quantize, classes, device_of())
     place = place_of(name)
     if classes is not None:
         options["id2label"] = dict(enumerate(classes))
@@ -178,17 +178,10 @@ def _check_packed(model: nn.Module, quantize: str | None, name: str) -> None:
 
 def _reason(name: str, auto_class: str, error: Exception) -> str:
     said = " ".join(str(error).split())
-    if "Unrecognized configuration class" in said or "does not appear to have a" in said:
-        if "Unrecognized configuration" in said:
-            task = auto_class.removeprefix("AutoModelFor")
-            return f"the model must be able to do the task ({task}), but {name} has no such head"
+    if "Unrecognized configuration class" in said:
+        task = auto_class.removeprefix("AutoModelFor")
+        return f"the model must be able to do the task ({task}), but {name} has no such head"
     return f"the model {name} can't be loaded: {said[:300]}"
-
-
-def store_in_4_bits(model: nn.Module, quantize: str | None) -> None:
-    """Store the linears of a model that was made dense, in place."""
-    if quantize:
-        patch_model(model, None, quantize=quantize)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

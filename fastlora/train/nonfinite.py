@@ -65,9 +65,9 @@ def culprit(model: nn.Module, batch: dict[str, Any]) -> str:
     def hook(name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor) and first.is_floating_point() and not found:
-                if not bool(torch.isfinite(first).all()):
-                    found.append(f"the output of {name} ({type(module).__name__})")
+            floats = isinstance(first, Tensor) and first.is_floating_point() and not found
+            if floats and not bool(torch.isfinite(first).all()):
+                found.append(f"the output of {name} ({type(module).__name__})")
 
         return look
 

@@ -13,7 +13,8 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee6;
   --paper: #ffffff; --panel: #f5f7fa; --s0: #2563eb; --s1: #d97706; --s2: #059669; --s3: #9333ea; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --line: #353d49;
-  --paper: #14181f; --panel: #1d232c; --s0: #6ea0ff; --s1: #f5b35a; --s2: #4fd1a1; --s3: #c59bff; } }
+  --paper: #14181f; --panel: #1d232c; --s0: #6ea0ff; --s1: #f5b35a;
+  --s2: #4fd1a1; --s3: #c59bff; } }
 body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -63,7 +64,7 @@ def run_page(
     stored = f", base in {metrics['quantize']}" if metrics["quantize"] else ""
     title = f"{metrics['method']} on {metrics['task']}"
     parts = [
-        f'<p class="soft">{escape(str(metrics["model"]))}{escape(stored)}; seed {metrics["seed"]}</p>',
+        f'<p class="soft">{escape(metrics["model"] + stored)}; seed {metrics["seed"]}</p>',
         "<h2>Base against tuned, test rows</h2>",
         _scores(before.scores, after.scores),
         "<h2>Loss</h2>",
@@ -100,7 +101,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return f"<td>{escape(str(value) if value is not None else '')}</td>"
-    return f'<td class="n">{value:,}</td>' if isinstance(value, int) else f'<td class="n">{value:.4g}</td>'
+    return (
+        f'<td class="n">{value:,}</td>'
+        if isinstance(value, int)
+        else f'<td class="n">{value:.4g}</td>'
+    )
 
 
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -163,8 +168,10 @@ def _samples(before: Evaluation, after: Evaluation) -> list[str]:
     parts = ["<h2>Samples, before and after</h2>"]
     for prompt, truth, given in after.samples:
         texts = (
-            ("input", prompt), ("expected", truth),
-            ("base", old.get((prompt, truth), "")), ("tuned", given),
+            ("input", prompt),
+            ("expected", truth),
+            ("base", old.get((prompt, truth), "")),
+            ("tuned", given),
         )
         lines = [f"{name}: {text}" for name, text in texts if text]
         parts.append(f"<pre>{escape(chr(10).join(lines))}</pre>")
@@ -192,10 +199,19 @@ def _patch(patch: Mapping[str, Any] | None) -> list[str]:
         return []
     header = ["module", "method", "r", "format", "backend", "notes"]
     rows = [[row.get(key) for key in header] for row in patch["modules"]]
-    parts = ["<h2>Patched layers</h2>", "<details><summary>", f"{len(rows)} linears</summary>",
-             table(header, rows), "</details>"]
+    parts = [
+        "<h2>Patched layers</h2>",
+        "<details><summary>",
+        f"{len(rows)} linears</summary>",
+        table(header, rows),
+        "</details>",
+    ]
     if patch["skipped"]:
         skipped = [[name, reason] for name, reason in patch["skipped"].items()]
-        parts += ["<details><summary>", f"{len(skipped)} left as they are</summary>",
-                  table(["module", "why"], skipped), "</details>"]
+        parts += [
+            "<details><summary>",
+            f"{len(skipped)} left as they are</summary>",
+            table(["module", "why"], skipped),
+            "</details>",
+        ]
     return parts

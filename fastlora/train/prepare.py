@@ -41,10 +41,10 @@ def prepare(task: Task, data: DataSection, seed: int) -> Prepared:
     found = {name: read_rows(src, name, data.bad_rows == "skip") for name, src in sources.items()}
     report = CleaningReport(bad={name: rows.bad for name, rows in found.items()})
     task.columns = task.find_columns(found["train"].columns)
-    for name, rows in found.items():
+    for name, read in found.items():
         if name != "train":
-            _check_columns(task, rows, sources[name])
-    splits = {name: rows.rows for name, rows in found.items()}
+            _check_columns(task, read, sources[name])
+    splits = {name: read.rows for name, read in found.items()}
     for name, rows in splits.items():
         kept = drop_duplicates(rows)
         report.duplicates[name] = len(rows) - len(kept)

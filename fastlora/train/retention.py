@@ -28,9 +28,9 @@ def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        hidden = getattr(first, "last_hidden_state", first)
+        hidden: Any = getattr(first, "last_hidden_state", first)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        wide = hidden.detach().float()
+        wide: Tensor = hidden.detach().float()
         found.append(wide.mean(dim=1)[0] if wide.dim() == 3 else wide.flatten(2).mean(dim=2)[0])
 
     handle = module.register_forward_hook(keep)

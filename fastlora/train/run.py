@@ -62,14 +62,15 @@ class Run:
         self.head = loaded.head
         for note in loaded.notes:
             self.say(note)
-        self._base = loaded.model
+        self._base: Any = loaded.model
         memory.check_budget(loaded.model, self.extras.memory_budget_gib)
         self.before = self._score_base(fields)
         self.body = retention.body_of(loaded.model)
         if self.body is not None:
             held_out = self.data.valid
             self.features = retention.features(self.task, loaded.model, self.body, held_out)
-        self.model: Any = self.strategy.apply(loaded, self.task.task_type, config.seed)
+        model: Any = self.strategy.apply(loaded, self.task.task_type, config.seed)
+        self.model = model
         self.model.config.use_cache = False
         memory.check_budget(self.model, self.extras.memory_budget_gib)
         self.batch_size = 8

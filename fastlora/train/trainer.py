@@ -46,6 +46,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.task, self.extras, self.head, self.on_loss = task, extras, head, on_loss
+        self.control: Any
         self.watch = Watch(extras.max_bad_steps)
         self.tokens, self.step_loss, self.norm = 0, 0.0, math.nan
         super().__init__(data_collator=self._collate, **options)
@@ -123,8 +124,9 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
                 set(self.get_decay_parameter_names(owner)),
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, owner)
-            self.optimizer = kind(groups, **options)
-        return self.optimizer
+            self.optimizer: Any = kind(groups, **options)
+        made: torch.optim.Optimizer = self.optimizer
+        return made
 
     def evaluate(self, dataset: Any = None, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation rows, and log it."""
@@ -215,9 +217,9 @@ def _plain(value: Any) -> Any:
 def freeze_statistics(model: nn.Module) -> None:
     """Keep the running statistics of normalisations whose weights are frozen."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            if not any(p.requires_grad for p in module.parameters(recurse=False)):
-                module.eval()
+        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
+            module.eval()
 
 
 __all__ = ["Diverged", "Tuner", "freeze_statistics"]

@@ -27,16 +27,21 @@ from fastlora.train.run import Interrupted, Run
 from tests.train import world
 
 QUIET = Console(quiet=True)
-DROPOUT = {"adapter": {"r": 2, "lora_dropout": 0.2},
-           "train": {"max_steps": 9, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2}}  # fmt: skip
+DROPOUT: dict[str, Any] = {
+    "adapter": {"r": 2, "lora_dropout": 0.2},
+    "train": {"max_steps": 9, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2},
+}
 
 
 def losses(output: Path) -> list[Any]:
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in directory.read_log(output / "log.jsonl")]
+    return [
+        (r["step"], r["loss"], r["grad_norm"]) for r in directory.read_log(output / "log.jsonl")
+    ]
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((output / "model").glob("*.safetensors")))
+    found: dict[str, torch.Tensor] = load_file(next((output / "model").glob("*.safetensors")))
+    return found
 
 
 def whole(tmp_path: Path, method: str = "lora", **fields: Any) -> tuple[Path, Path]:
@@ -81,7 +86,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_full_fine_tuning_with_early_stopping_resumes(tmp_path: Path) -> None:
-    extra = {"train": {"max_steps": 12, "early_stopping_patience": 2, "eval_steps": 2, "save_steps": 2}}
+    extra = {
+        "train": {"max_steps": 12, "early_stopping_patience": 2, "eval_steps": 2, "save_steps": 2}
+    }
     file, first = whole(tmp_path, "full", **extra)
     output = tmp_path / "again"
     config = read_config(file, [f"output={output}"])
@@ -170,7 +177,7 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints.write(tmp_path, 1, {"a": b"old"})
-    real, left = checkpoints.write_file, [1]
+    real, left = vars(checkpoints)["write_file"], [1]
 
     def full(path: Path, data: bytes) -> None:
         if not left[0]:

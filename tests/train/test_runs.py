@@ -1,4 +1,4 @@
-"""The contract of `fastlora train`: every task with every method, from a file to a scored result."""
+"""The contract of `fastlora train`: every task with every method, from file to scores."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def run(file: Path, *overrides: str) -> tuple[Run, dict[str, Any]]:
     return made, json.loads((output / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize(("task", "method", "quantize"), PAIRS, ids=["-".join(map(str, p)) for p in PAIRS])
+@pytest.mark.parametrize(("task", "method", "quantize"), PAIRS)
 def test_every_task_with_every_method(
     tmp_path: Path, task: str, method: str, quantize: str | None
 ) -> None:
     file = world.write_run(tmp_path, task, method, quantize=quantize)
-    made, metrics = run(file)
+    _, metrics = run(file)
     assert metrics["steps"] == 6 and metrics["skipped_steps"] == 0
     assert metrics["audit"] == {"without_gradient": [], "base_unchanged": True}
     assert set(metrics["base"]) == set(metrics["tuned"])
@@ -61,7 +61,7 @@ def test_every_task_with_every_method(
     assert metrics["checkpoint_bytes"] > 0
     output = tmp_path / "out"
     page = (output / "report.html").read_text()
-    assert "http" not in page.replace('http-equiv', "") and "<svg" in page
+    assert "http" not in page.replace("http-equiv", "") and "<svg" in page
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
     # what was saved gives the same scores again

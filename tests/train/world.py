@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers and data files on disk, one of each kind that `fastlora train` takes."""
+"""Tiny models with tokenizers and data files on disk, one of each kind that can be trained."""
 
 from __future__ import annotations
 

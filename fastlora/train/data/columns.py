@@ -54,7 +54,7 @@ def find_columns(
                 f"data.{role} must be a column that the task reads, but it reads only"
                 f" {', '.join(wanted)}; leave it out"
             )
-    found = {}
+    found: dict[str, str] = {}
     for role in wanted:
         named = getattr(data, role)
         if named is not None and named not in columns:

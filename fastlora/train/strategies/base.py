@@ -83,12 +83,13 @@ class Strategy(ABC):
                 f"the method must change only weights to be merged, but {self.name} adds parts to"
                 " the model; use the run's directory with fastlora predict, or train with lora"
             )
-        return model
+        plain: nn.Module = model
+        return plain
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return everything that training changes: parameters, and buffers beside them."""
-    state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             for key, value in module.named_buffers(name, recurse=False):

@@ -60,7 +60,8 @@ class PromptLearning(Strategy):
         for name, parameter in model.named_parameters():
             if any(f".{head}." in f".{name}" for head in loaded.head):
                 parameter.requires_grad_("original_module" not in name)
-        return model
+        wrapped: nn.Module = model
+        return wrapped
 
     def save(self, model: Any, directory: Path) -> None:
         """Write PEFT's files, and the same tensors under this process's names."""

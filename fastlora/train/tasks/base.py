@@ -97,14 +97,14 @@ class Task(ABC):
             Refusal: there is none.
         """
 
-    def learn(self, rows: Sequence[Row]) -> None:
+    def learn(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most tasks have no classes
         """Find the classes in the training rows.
 
         Raises:
             Refusal: there are too few.
         """
 
-    def check(self, rows: Sequence[Row], split: str) -> None:
+    def check(self, rows: Sequence[Row], split: str) -> None:  # noqa: B027 - as above
         """Raise unless another split fits what was learnt.
 
         Raises:
@@ -146,7 +146,7 @@ class Task(ABC):
         mask = batch.get("attention_mask")
         return int(mask.sum()) if mask is not None else len(batch["labels"])
 
-    def save(self, directory: Any) -> None:
+    def save(self, directory: Any) -> None:  # noqa: B027 - a task may need nothing
         """Write what `predict` needs beside the model: tokenizer or image processor."""
 
 

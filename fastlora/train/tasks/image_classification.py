@@ -40,7 +40,7 @@ class ImageClassification(ClassLabels):
         """Load the image processor; a model that has none gets one from its config."""
         name = self.config.model
         if name.startswith("timm:"):
-            self.processor: Any = timm_models.processor(name)
+            self.processor: Any = timm_models.TimmProcessor(name)
             return
         place = place_of(name)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.train import conversations
-from fastlora.train.data.columns import ROLES
+from fastlora.train.config import ROLES
 from fastlora.train.data.rows import BadRow, Row
 from fastlora.train.refusal import Refusal
 from fastlora.train.tasks.base import Example

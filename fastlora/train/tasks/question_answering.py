@@ -106,7 +106,8 @@ class QuestionAnswering(TextTask):
         self, model: nn.Module, examples: Sequence[Example], batch_size: int
     ) -> Evaluation:
         """Return exact match and F1 of words, the best window of each row counting."""
-        total, best = 0.0, {}
+        best: dict[str, tuple[float, str, Example]] = {}
+        total = 0.0
         for chosen, _, outputs in batches(self, model, examples, batch_size):
             total += float(outputs.loss) * len(chosen)
             for index, score, text in _answers(outputs, [examples[i] for i in chosen], chosen):
