@@ -142,7 +142,8 @@ def _live_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     for name, spec in plan.adapted.items():
         module = model.get_submodule(name)
         for parameter, key in _adapter_keys(name, spec).items():
-            tensors[key] = getattr(module, parameter)
+            live = getattr(module, parameter)
+            tensors[key] = live.view(METHODS[spec.method].file_shape(spec, parameter))
     return {**tensors, **_whole_tensors(model, plan)}
 
 
@@ -162,7 +163,8 @@ def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, spec in plan.adapted.items():
         keys = _adapter_keys(name, spec)
-        shapes.update({keys[parameter]: shape for parameter, shape in spec.shapes.items()})
+        method = METHODS[spec.method]
+        shapes.update({keys[p]: method.file_shape(spec, p) for p in spec.shapes})
     whole = _whole_tensors(model, plan).items()
     return {**shapes, **{key: tuple(tensor.shape) for key, tensor in whole}}
 

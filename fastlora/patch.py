@@ -16,6 +16,7 @@ from fastlora.dispatch import check_backend
 from fastlora.fuse import unfuse
 from fastlora.in_place import InPlace, accelerate, restore
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
+from fastlora.other_layers import OtherLayer, can_adapt, to_other_layer, to_plain
 from fastlora.plan import Plan, make_plan
 from fastlora.quant import QuantConfig
 
@@ -147,7 +148,7 @@ def find_record(model: nn.Module) -> Record | InPlace | None:
     if isinstance(record, (Record, InPlace)):
         return record
     for name, part in model.named_modules():
-        if isinstance(part, AdapterLinear) or hasattr(part, RECORD):
+        if isinstance(part, (AdapterLinear, OtherLayer)) or hasattr(part, RECORD):
             raise ValueError(
                 f"the model must be the one that was patched, but only its part {name!r} is"
                 " patched; pass that part, or unpatch it first"
@@ -197,12 +198,14 @@ def apply_plan(
     if config is not None:
         model.requires_grad_(False)
     for name, spec in plan.specs.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        layer: Any = model.get_submodule(name)
         params = {}
         if config is not None and spec is not None:
             params = method_of(config).init(config, spec, generator)
-        to_adapter_linear(linear, spec, params, plan.quant.get(name), backend)
+        if can_adapt(layer) and spec is not None:
+            to_other_layer(layer, spec, params)
+        else:
+            to_adapter_linear(layer, spec, params, plan.quant.get(name), backend)
     for name in plan.saved:
         original = model.get_submodule(name)
         record.originals[name] = original
@@ -267,6 +270,8 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         if isinstance(module, AdapterLinear):
             is_dense = not isinstance(module, QuantizedLinear)
             to_linear(module, module.weight if is_dense else module.dense_weight())
+        elif isinstance(module, OtherLayer):
+            to_plain(module, module.weight)
     for name, original in record.originals.items():
         reference = next(model.get_submodule(name).parameters(), None)
         _replace(model, name, original if reference is None else original.to(reference.device))
@@ -278,7 +283,7 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return the same model with plain nn.Linear modules that have the update folded in.
+    """Return the same model with plain layers that have the update folded in.
 
     Each weight is ``W + update``, with W decoded where it was 4-bit, added in float32 and rounded
     once to the dtype that the layer had at first. Modules trained whole and biases keep their
@@ -299,6 +304,8 @@ def merge(model: nn.Module) -> nn.Module:
         module = model.get_submodule(name)
         if isinstance(module, AdapterLinear):
             to_linear(module, module.merged_weight())
+        elif isinstance(module, OtherLayer):
+            to_plain(module, module.merged_weight())
     _finish(model, record)
     return model
 

@@ -13,6 +13,7 @@ from fastlora.adapters.targets import matches
 from fastlora.checks import FLOATS
 from fastlora.dispatch import Problem, pick
 from fastlora.layers import AdapterLinear, QuantizedLinear
+from fastlora.other_layers import can_adapt, spec_of
 from fastlora.quant import QuantConfig
 
 HEADS = {
@@ -64,7 +65,7 @@ def make_plan(
 
     Raises:
         ValueError: a target does not exist or does not fit.
-        TypeError: a target is not a linear.
+        TypeError: a target is no linear, convolution or embedding.
         NotImplementedError: no backend takes a layer.
         ImportError: the native library is missing.
     """
@@ -73,6 +74,7 @@ def make_plan(
         plan.saved = _saved_modules(model, config)
     reasons = _reasons_to_skip(model, config)
     explicit = config is not None and not config.all_linear
+    tied = _tied(model)
     has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
     for name, module in model.named_modules():
         inside = any(name == saved or name.startswith(saved + ".") for saved in plan.saved)
@@ -81,22 +83,43 @@ def make_plan(
                 reason = "trained whole" if inside else reasons.get(name) or _foreign(name, module)
                 _place_base(plan, name, quant if has_head else None, reason)
         elif not isinstance(module, nn.Linear):
-            if explicit:
-                raise TypeError(_NOT_LINEAR.format(name, type(module).__name__))
+            if explicit and config is not None:
+                _place_other(plan, name, module, config, tied)
         else:
             _place(plan, name, module, config, quant, reasons.get(name), explicit)
     _check_matched(model, config, plan)
     for name, spec in plan.specs.items():
-        check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
+        if not can_adapt(model.get_submodule(name)):
+            check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
     if config is not None:
         plan.bias = _biases(model, getattr(config, "bias", "none"), plan)
     return plan
 
 
 _NOT_LINEAR = (
-    "a target module must be an nn.Linear, but {!r} is a {}; name linears in target_modules or"
-    " exclude it"
+    "a target module must be an nn.Linear, a convolution or an nn.Embedding, but {!r} is a {}; name"
+    " others in target_modules or exclude it"
 )
+
+
+def _place_other(
+    plan: Plan, name: str, module: nn.Module, config: AdapterConfig, tied: set[int]
+) -> None:
+    """Write a convolution or an embedding that is named as a target into the plan."""
+    if not can_adapt(module):
+        raise TypeError(_NOT_LINEAR.format(name, type(module).__name__))
+    if id(module.weight) in tied:
+        raise ValueError(
+            f"a target module must have a weight of its own, but that of {name!r} is tied to"
+            " another module's; exclude it"
+        )
+    plan.specs[name] = spec_of(config, name, module)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Return the ids of the weights that modules share."""
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {key for key, count in users.items() if count > 1}
 
 
 def _place(
@@ -158,11 +181,11 @@ def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
 def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str, str]:
     """Return linears that only a name in target_modules may adapt, and none may quantise."""
     reasons: dict[str, str] = {}
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = _tied(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, module in linears(model).items():
-        if users[id(module.weight)] > 1:
+        if id(module.weight) in tied:
             reasons[name] = "its weight is tied to another module's"
         elif module is head:
             reasons[name] = "output head"

@@ -11,6 +11,7 @@ from fastlora.dispatch import Problem, pick
 from fastlora.fuse import partners
 from fastlora.in_place import Accelerated, InPlace
 from fastlora.layers import AdapterLinear, QuantizedLinear
+from fastlora.other_layers import OtherLayer
 from fastlora.patch import Record, any_record, tensor_bytes
 
 BATCH = 512  # tokens of the training batch that the backend is named for
@@ -52,9 +53,9 @@ def report(model: nn.Module) -> Report:
     if isinstance(record, InPlace):
         return _in_place(model, record)
     modules = [
-        _row(name, module, record)
+        _row(name, module, record) if isinstance(module, AdapterLinear) else _other(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLinear)
+        if isinstance(module, (AdapterLinear, OtherLayer))
     ]
     parameters = list(model.parameters())
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
@@ -114,6 +115,22 @@ def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
         "shape": (module.out_features, module.in_features),
         "bytes": sum(t.nbytes for t in own),
         "notes": "; ".join(notes),
+    }
+
+
+def _other(name: str, module: OtherLayer) -> dict[str, Any]:
+    """Return the row of a convolution or an embedding."""
+    spec = module.adapter
+    return {
+        "module": name,
+        "method": spec.label,
+        "r": spec.r,
+        "scaling": spec.scaling,
+        "format": "dense",
+        "backend": "torch",
+        "shape": tuple(module.weight.shape),
+        "bytes": sum(p.nbytes for p in module.parameters(recurse=False)),
+        "notes": "",
     }
 
 

@@ -65,7 +65,7 @@ PRODUCT_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alpha": float("inf")}, ValueError, "alpha must be finite"),
     ({"rank_dropout": 1}, ValueError, "rank_dropout must be at least 0 and below 1, got 1"),
     ({"module_dropout": "0"}, TypeError, "module_dropout must be a number, got '0'"),
-    ({"use_effective_conv2d": True}, NotImplementedError, "fastlora adapts linears alone"),
+    ({"use_effective_conv2d": True}, NotImplementedError, "weight as a matrix"),
     ({"use_effective_conv2d": 1}, TypeError, "use_effective_conv2d must be True or False"),
     ({"init_weights": "pissa"}, ValueError, r"init_weights must be one of \[True, False.*'pissa'"),
 ]

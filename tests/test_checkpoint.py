@@ -358,7 +358,7 @@ def test_a_save_that_fails_leaves_nothing(
     old = (saved / WEIGHTS).read_bytes(), (saved / CONFIG).read_bytes()
     model = patch_model(plain(), LoraConfig(r=2), **REFERENCE)
     where: Any = {"mkdir": Path, "write": fastlora.adapter_files}.get(call, os)
-    monkeypatch.setattr(where, "_write" if call == "write" else call, fail)
+    monkeypatch.setattr(where, "write_file" if call == "write" else call, fail)
     with pytest.raises(type(kind)) as error:
         save_adapter(model, target, overwrite=over)
     monkeypatch.undo()

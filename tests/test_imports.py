@@ -22,7 +22,7 @@ LAYERS = [
     ["ops"],
     ["kron", "factors", "multi", "operands", "functional", "products"],
     ["adapters"],
-    ["config", "layers"],
+    ["config", "layers", "other_layers"],
     ["sharing", "fuse", "in_place", "plan", "patch", "report"],
     ["adapter_files", "checkpoint", "tune"],
     ["__init__"],

@@ -79,8 +79,15 @@ class Bottleneck(Method):
     bounded = False
     mergeable = False
 
-    def spec(self, config: BottleneckConfig, name: str, n: int, k: int) -> AdapterSpec:
+    def spec(
+        self, config: BottleneckConfig, name: str, n: int, k: int, kernel: tuple[int, ...] = ()
+    ) -> AdapterSpec:
         """Return width and shapes of the module `name`: D (r, N), U (N, r)."""
+        if kernel:
+            raise NotImplementedError(
+                f"a bottleneck adapter stands after a linear, but {name!r} is a convolution;"
+                " exclude it"
+            )
         r, scaling = config.rank_of(name), config.alpha_of(name)
         shapes = {
             "adapter_down": (r, n),

@@ -8,6 +8,7 @@ Source: Hyeon-Woo et al. 2021, arXiv:2108.06098 (FedPara); Yeh et al. 2023, arXi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,7 +32,7 @@ class LoHaConfig(ProductConfig):
         rank_dropout: probability with which a row of the update is dropped in training; the rows
             that are kept grow by as much.
         module_dropout: probability with which a call of a layer in training has no update.
-        use_effective_conv2d: False; only linears are adapted.
+        use_effective_conv2d: False; a convolution's weight is taken as a matrix.
         init_weights: True: w2_b zero, the others uniform as in nn.Linear; False: all uniform.
 
     Raises:
@@ -50,11 +51,13 @@ class LoHa(Product):
     config_class = LoHaConfig
     file_keys = {name: name for name in _NAMES}
 
-    def spec(self, config: LoHaConfig, name: str, n: int, k: int) -> AdapterSpec:
+    def spec(
+        self, config: LoHaConfig, name: str, n: int, k: int, kernel: tuple[int, ...] = ()
+    ) -> AdapterSpec:
         """Return rank, scaling and shapes of the module `name`: w_a (N, r), w_b (r, K)."""
-        r = config.rank_of(name)
-        shapes = {W1_A: (n, r), W1_B: (r, k), W2_A: (n, r), W2_B: (r, k)}
-        return self.make_spec(config, name, shapes, rescale=True)
+        r, columns = config.rank_of(name), k * math.prod(kernel)
+        shapes = {W1_A: (n, r), W1_B: (r, columns), W2_A: (n, r), W2_B: (r, columns)}
+        return self.make_spec(config, name, shapes, True, kernel)
 
     def zero(self, config: LoHaConfig, spec: AdapterSpec) -> str | None:
         """Return w2_b."""

@@ -38,7 +38,7 @@ class LoKrConfig(ProductConfig):
         rank_dropout: probability with which a row of the update is dropped in training.
         rank_dropout_scale: whether the rows that are kept grow by as much.
         module_dropout: probability with which a call of a layer in training has no update.
-        use_effective_conv2d: False; only linears are adapted.
+        use_effective_conv2d: False; a convolution's weight is taken as a matrix.
         init_weights: True: w1 zero (w1_a where it is of low rank), the rest uniform as in
             nn.Linear; "lycoris": w2 (w2_b) zero instead; False: all uniform.
 
@@ -90,17 +90,34 @@ class LoKr(Product):
     file_keys = {f"{w}{end}": f"{w}{end}" for w in (W1, W2) for end in ("", "_a", "_b")}
     bounded = False
 
-    def spec(self, config: LoKrConfig, name: str, n: int, k: int) -> AdapterSpec:
+    def spec(
+        self, config: LoKrConfig, name: str, n: int, k: int, kernel: tuple[int, ...] = ()
+    ) -> AdapterSpec:
         """Return rank, scaling and shapes of the module `name`.
 
         w1 is (n1, k1) and w2 (n2, k2), with n1 n2 = N and k1 k2 = K; of low rank, they are w_a
-        (n, r) and w_b (r, k). They are where r is less than half of the longer side.
+        (n, r) and w_b (r, k). They are where r is less than half of the longer side. The window
+        of a convolution lies in w2.
         """
         r, factor = config.rank_of(name), config.decompose_factor
         (n1, n2), (k1, k2) = divide(n, factor), divide(k, factor)
         low1 = config.decompose_both and 2 * r < max(n1, k1)
-        shapes = {**_shapes(W1, n1, k1, r, low1), **_shapes(W2, n2, k2, r, 2 * r < max(n2, k2))}
-        return self.make_spec(config, name, shapes, config.rank_dropout_scale)
+        low2, columns = 2 * r < max(n2, k2), k2 * math.prod(kernel)
+        if len(kernel) == 1 and not low2:
+            raise NotImplementedError(
+                f"LoKr on a 1-d convolution needs r below {max(n2, k2) / 2:g}, got {r} for"
+                f" {name!r}: PEFT orders the numbers of a whole w2 in another way there; lower r, or"
+                " exclude it"
+            )
+        shapes = {**_shapes(W1, n1, k1, r, low1), **_shapes(W2, n2, columns, r, low2)}
+        return self.make_spec(config, name, shapes, config.rank_dropout_scale, kernel)
+
+    def file_shape(self, spec: AdapterSpec, name: str) -> tuple[int, ...]:
+        """Return PEFT's shape: a whole w2 of a convolution has its window."""
+        shape = spec.shapes[name]
+        if name != W2 or not spec.kernel:
+            return shape
+        return (shape[0], shape[1] // math.prod(spec.kernel), *spec.kernel)
 
     def zero(self, config: LoKrConfig, spec: AdapterSpec) -> str | None:
         """Return w1 or its left half, or w2 or its right half."""

@@ -18,6 +18,7 @@ from fastlora.adapters import magnitude
 from fastlora.adapters.base import AdapterConfig, check_alpha, check_dropout, check_flag
 from fastlora.adapters.method import AdapterSpec, Method, uniform
 
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 INITS = (True, False, "gaussian")
 BIASES = ("none", "all", "lora_only")
 
@@ -75,24 +76,55 @@ class Lora(Method):
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
         magnitude.NAME: magnitude.NAME,
+        EMBEDDING_A: EMBEDDING_A,
+        EMBEDDING_B: EMBEDDING_B,
     }
     derived = False
 
-    def spec(self, config: LoraConfig, name: str, n: int, k: int) -> AdapterSpec:
+    def spec(
+        self, config: LoraConfig, name: str, n: int, k: int, kernel: tuple[int, ...] = ()
+    ) -> AdapterSpec:
         """Return rank, scaling and shapes of the module `name`: A (r, K), B (N, r)."""
-        r, alpha = config.rank_of(name), config.alpha_of(name)
-        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, k), "lora_B": (n, r)}
+        r, alpha, scaling = self._scaling(config, name)
+        columns = k * math.prod(kernel)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, columns), "lora_B": (n, r)}
         if config.use_dora:
             shapes[magnitude.NAME] = (n,)
         dropout = float(config.lora_dropout)
-        return AdapterSpec(self.name, r, alpha, scaling, shapes, dropout)
+        return AdapterSpec(self.name, r, alpha, scaling, shapes, dropout, kernel=kernel)
+
+    def embedding_spec(self, config: LoraConfig, name: str, count: int, width: int) -> AdapterSpec:
+        """Return rank, scaling and shapes for an embedding: A (r, count), B (width, r)."""
+        if config.use_dora:
+            raise NotImplementedError(
+                f"use_dora must be False for an embedding, but {name!r} is one; exclude it"
+            )
+        r, alpha, scaling = self._scaling(config, name)
+        return AdapterSpec(
+            self.name, r, alpha, scaling, {EMBEDDING_A: (r, count), EMBEDDING_B: (width, r)}
+        )
+
+    def _scaling(self, config: LoraConfig, name: str) -> tuple[int, float, float]:
+        r, alpha = config.rank_of(name), config.alpha_of(name)
+        return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+    def file_shape(self, spec: AdapterSpec, name: str) -> tuple[int, ...]:
+        """Return PEFT's shape: a convolution's A and B are convolutions themselves."""
+        shape, ones = spec.shapes[name], (1,) * len(spec.kernel)
+        if not spec.kernel:
+            return shape
+        if name == "lora_A":
+            return (shape[0], shape[1] // math.prod(spec.kernel), *spec.kernel)
+        return (1, *shape, *ones) if name == magnitude.NAME else (*shape, *ones)
 
     def init(
         self, config: LoraConfig, spec: AdapterSpec, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return first values, by `init_lora_weights`; `settle` gives the magnitude its own."""
         values = {name: torch.zeros(shape) for name, shape in spec.shapes.items()}
+        if EMBEDDING_A in values:  # as in PEFT: A is zero, B normal
+            values[EMBEDDING_B].normal_(generator=generator)
+            return values
         lora_A, lora_B = values["lora_A"], values["lora_B"]
         if config.init_lora_weights == "gaussian":
             lora_A.normal_(std=1 / spec.r, generator=generator)
@@ -108,6 +140,8 @@ class Lora(Method):
 
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return ``scaling B A``."""
+        if EMBEDDING_A in params:
+            return (params[EMBEDDING_B] @ params[EMBEDDING_A]).T * spec.scaling
         lora_A, lora_B = params["lora_A"], params["lora_B"]
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         return (lora_B.to(wide) @ lora_A.to(wide)) * spec.scaling

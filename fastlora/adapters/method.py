@@ -34,6 +34,7 @@ class AdapterSpec:
         module_dropout: probability with which a call in training has no update.
         rescale: whether the rows that `rank_dropout` keeps grow by the share that it drops.
         activation: name of the non-linearity of a bottleneck; "" for the other methods.
+        kernel: size of a convolution's window; () for a linear.
     """
 
     method: str
@@ -46,6 +47,7 @@ class AdapterSpec:
     module_dropout: float = 0.0
     rescale: bool = False
     activation: str = ""
+    kernel: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -86,8 +88,27 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
 
     @abstractmethod
-    def spec(self, config: Any, name: str, n: int, k: int) -> AdapterSpec:
-        """Return what the adapter of the module `name` is, whose weight is (n, k)."""
+    def spec(
+        self, config: Any, name: str, n: int, k: int, kernel: tuple[int, ...] = ()
+    ) -> AdapterSpec:
+        """Return what the adapter of the module `name` is, whose weight is (n, k).
+
+        With a kernel it is a convolution's, (n, k, *kernel), taken as a matrix of n rows.
+        """
+
+    def embedding_spec(self, config: Any, name: str, count: int, width: int) -> AdapterSpec:
+        """Return what the adapter of an embedding (count, width) is.
+
+        Raises:
+            NotImplementedError: the method has none for embeddings.
+        """
+        raise NotImplementedError(
+            f"an embedding can have LoRA alone, but {name!r} is to get {self.name}; exclude it"
+        )
+
+    def file_shape(self, spec: AdapterSpec, name: str) -> tuple[int, ...]:
+        """Return the shape that a parameter has in an adapter file; it holds the same numbers."""
+        return spec.shapes[name]
 
     @abstractmethod
     def init(self, config: Any, spec: AdapterSpec, generator: torch.Generator) -> dict[str, Tensor]:

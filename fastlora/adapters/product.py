@@ -25,7 +25,7 @@ class ProductConfig(AdapterConfig):
         alpha: the update is scaled by alpha / r.
         rank_dropout: probability with which a row of the update is dropped in training.
         module_dropout: probability with which a call of a layer in training has no update.
-        use_effective_conv2d: False; only linears are adapted.
+        use_effective_conv2d: False; a convolution's weight is taken as a matrix.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -49,8 +49,8 @@ class ProductConfig(AdapterConfig):
         check_flag("use_effective_conv2d", self.use_effective_conv2d)
         if self.use_effective_conv2d:
             raise NotImplementedError(
-                "use_effective_conv2d must be False, got True; it is for convolutions, and fastlora"
-                " adapts linears alone"
+                "use_effective_conv2d must be False, got True; fastlora takes a convolution's"
+                " weight as a matrix, as PEFT does with False"
             )
         if self.init_weights not in self.inits:
             raise ValueError(
@@ -63,12 +63,19 @@ class Product(Method):
     """A method whose update is a product, with PEFT's dropout of rows and of whole calls."""
 
     def make_spec(
-        self, config: ProductConfig, name: str, shapes: Mapping[str, tuple[int, ...]], rescale: bool
+        self,
+        config: ProductConfig,
+        name: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        rescale: bool,
+        kernel: tuple[int, ...] = (),
     ) -> AdapterSpec:
         """Return what the adapter of the module `name` is."""
         r, alpha = config.rank_of(name), config.alpha_of(name)
         drops = float(config.rank_dropout), float(config.module_dropout)
-        return AdapterSpec(self.name, r, alpha, alpha / r, shapes, 0.0, *drops, rescale)
+        return AdapterSpec(
+            self.name, r, alpha, alpha / r, shapes, 0.0, *drops, rescale, kernel=kernel
+        )
 
     @abstractmethod
     def zero(self, config: Any, spec: AdapterSpec) -> str | None:

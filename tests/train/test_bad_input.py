@@ -164,7 +164,7 @@ def _poison(run: Run, steps: set[int]) -> None:
     forward = run.model.classifier.forward
 
     def poisoned(x: torch.Tensor) -> torch.Tensor:
-        y = forward(x)
+        y: torch.Tensor = forward(x)
         if run.model.training:
             calls[0] += 1
             if calls[0] in steps:
@@ -190,8 +190,8 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
     run = made(tmp_path, "train.max_bad_steps=3")
     with torch.no_grad():
         run.model.get_submodule("bert.encoder.layer.1.output.LayerNorm").weight.fill_(float("inf"))
-    sentence = (r"stopped at step 3 after 3 steps in a row .* first in the output of"
-                r" bert.encoder.layer.1.output.LayerNorm .*train.jsonl:\d+.* learning rate")  # fmt: skip
+    layer = r"bert\.encoder\.layer\.1\.output\.LayerNorm"
+    sentence = rf"at step 3 after 3 steps .* first in the output of {layer} .*jsonl:\d+.* rate"
     with pytest.raises(Diverged, match=sentence):
         run.train()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -35,8 +36,12 @@ def fits(task: str, method: str) -> bool:
     return kind.tasks is None or tasks()[task].task_type in kind.tasks
 
 
-PAIRS = [(t, m, q) for t in tasks() for m in strategies() for q in (None, "nf4") if fits(t, m)
-         and (q is None or (strategies()[m].freezes and t in ("classification", "causal-lm")))]  # fmt: skip
+def stored(task: str, method: str) -> list[str | None]:
+    frozen = strategies()[method].freezes and task in ("classification", "causal-lm")
+    return [None, "nf4"] if frozen else [None]
+
+
+PAIRS = [(t, m, q) for t in tasks() for m in strategies() if fits(t, m) for q in stored(t, m)]
 
 
 def run(file: Path, *overrides: str) -> tuple[Run, dict[str, Any]]:
@@ -70,6 +75,28 @@ def test_every_task_with_every_method(
         assert again[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     answers = finished.predict(output, str(tmp_path / "test.jsonl"), None, QUIET)
     assert len(answers) == world.COUNTS["test"] and None not in answers
+
+
+@pytest.mark.parametrize("method", ["full", "head", "partial", "lora", "dora", "loha", "lokr"])
+def test_a_convolutional_network(tmp_path: Path, method: str) -> None:
+    file = world.write_run(tmp_path, "image-classification", method, model="resnet")
+    made, metrics = run(file)
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
+    assert metrics["audit"] == {"without_gradient": [], "base_unchanged": True}
+    if method == "lora":
+        adapted = [n for n, p in made.model.named_parameters() if n.endswith("lora_A")]
+        assert len(adapted) >= 5
+    again = finished.evaluate(tmp_path / "out", str(tmp_path / "test.jsonl"), QUIET)
+    assert again["loss"] == pytest.approx(metrics["tuned"]["loss"], rel=1e-4)
+
+
+def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
+    made, _ = run(world.write_run(tmp_path, "image-classification", "lora", model="resnet"))
+    fresh = made.task.load(None, wide=False).model
+    for (name, ours), (_, theirs) in zip(
+        made.model.named_buffers(), fresh.named_buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
 
 
 def test_methods_that_a_task_cannot_take(tmp_path: Path) -> None:

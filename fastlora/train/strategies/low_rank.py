@@ -45,6 +45,11 @@ class LowRankStrategy(Strategy):
         """Add the adapters; the final layer is trained whole."""
         saved = [*(self.config.modules_to_save or ()), *loaded.head]
         config = dataclasses.replace(self.config, modules_to_save=saved or None)
+        if config.all_linear:
+            convolutions = convolutions_instead(loaded.model, loaded.head, config.r)
+            if convolutions:
+                config = dataclasses.replace(config, target_modules=convolutions)
+                self.config = dataclasses.replace(self.config, target_modules=convolutions)
         try:
             return fastlora.patch_model(loaded.model, config, seed=seed)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -64,3 +69,17 @@ class LowRankStrategy(Strategy):
     def merged(self, model: Any) -> nn.Module:
         """Fold the update into dense weights."""
         return fastlora.merge(model)
+
+
+def convolutions_instead(model: nn.Module, head: list[str], r: int) -> list[str]:
+    """Return the convolutions of a model that has no linear beside its head, else nothing.
+
+    Those with a side that is smaller than the rank are left out.
+    """
+    inside = tuple(f"{name}." for name in head)
+    body = [(n, m) for n, m in model.named_modules() if not f"{n}.".startswith(inside or ("\0",))]
+    if any(isinstance(module, nn.Linear) for _, module in body):
+        return []
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = [(name, module.weight) for name, module in body if isinstance(module, kinds)]
+    return [name for name, weight in found if r <= min(weight.shape[0], weight[0].numel())]
