@@ -106,7 +106,7 @@ class LoKr(Product):
         if len(kernel) == 1 and not low2:
             raise NotImplementedError(
                 f"LoKr on a 1-d convolution needs r below {max(n2, k2) / 2:g}, got {r} for"
-                f" {name!r}: PEFT orders the numbers of a whole w2 in another way there; lower r, or"
+                f" {name!r}: PEFT orders the numbers of a whole w2 in another way there; lower r or"
                 " exclude it"
             )
         shapes = {**_shapes(W1, n1, k1, r, low1), **_shapes(W2, n2, columns, r, low2)}

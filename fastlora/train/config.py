@@ -105,15 +105,19 @@ class RunConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may not appear twice."""
+    """Safe YAML as in version 1.2: 1e-3 is a number, `no` is text; a key may not appear twice."""
 
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
-    key: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    key: [pair for pair in pairs if pair[0] not in (_BOOL, _FLOAT)]
     for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
     re.compile(
         r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+"
         r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$|^[-+]\.(inf|Inf|INF)$"

@@ -116,11 +116,10 @@ def merge(path: Path, output: Path, console: Console) -> None:
     from fastlora.train.output import staged_directory
 
     run = Finished(path, dense=True)
-    if not run.strategy.mergeable or not hasattr(run.model, "save_pretrained"):
-        run.strategy.merged(run.model)  # says why
-        raise Refusal("the model must be one of transformers to be merged")
+    merged: Any = run.strategy.merged(run.model)
+    if not hasattr(merged, "save_pretrained"):
+        raise Refusal("the model must be one of transformers to be merged, but it is timm's")
     with staged_directory(output) as work:
-        merged: Any = run.strategy.merged(run.model)
         merged.config.use_cache = True
         merged.save_pretrained(work)
         run.task.save(work)

@@ -58,6 +58,7 @@ class Run:
         self.data = prepare(self.task, config.data, config.seed)
         for line in self.data.report.lines():
             self.say(line)
+        self._check_labels()
         loaded = self.task.load(config.quantize, wide=not self.strategy.freezes)
         self.head = loaded.head
         for note in loaded.notes:
@@ -79,6 +80,8 @@ class Run:
                 self.task, self.model, self.data.train, self.extras.memory_budget_gib
             )
             self.say(f"batch size {self.batch_size} fits")
+        if "input_ids" in self.data.train[0]:
+            fields.setdefault("train_sampling_strategy", "group_by_length")
         self.arguments = make_arguments(
             fields,
             self.extras,
@@ -88,6 +91,14 @@ class Run:
             self.task.greater,
             self.batch_size,
         )
+
+    def _check_labels(self) -> None:
+        """Raise unless there is something to learn; say where the end of text is not learnt."""
+        found = self.task.audit(self.data.train)
+        if found.get("rows_with_labels") == 0:
+            raise Refusal("the training rows must have labels, but all of them are masked")
+        if found.get("end_of_text_in_loss") == 0:
+            self.say("no training row ends within max_length: the model will not learn to stop")
 
     def say(self, line: str) -> None:
         """Tell the person at the terminal."""
@@ -135,7 +146,8 @@ class Run:
             directory.write_json(output / directory.LABELS, self.task.classes)
             trainer, audit = self._loop(output)
             after = trainer.scores_of(self.data.test)
-            results.write(self, output, trainer, after, audit.as_dict())
+            found = {**audit.as_dict(), **self.task.audit(self.data.train)}
+            results.write(self, output, trainer, after, found)
         return output
 
     def _loop(self, output: Path) -> tuple[Tuner, Audit]:

@@ -155,8 +155,9 @@ def test_yaml_that_is_refused(text: str, sentence: str) -> None:
 
 
 def test_numbers_are_numbers() -> None:
-    found = parse_yaml("{a: 1e-3, b: 2.5, c: -3E4, d: 12, e: 1e5, f: yes-no}", "x")
-    assert found == {"a": 0.001, "b": 2.5, "c": -30000.0, "d": 12, "e": 1e5, "f": "yes-no"}
+    found = parse_yaml("{a: 1e-3, b: 2.5, c: -3E4, d: 12, e: 1e5, f: no, g: true, h: null}", "x")
+    values = [0.001, 2.5, -30000.0, 12, 1e5, "no", True, None]
+    assert found == dict(zip("abcdefgh", values, strict=True))
 
 
 def _poison(run: Run, steps: set[int]) -> None:

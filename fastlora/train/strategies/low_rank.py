@@ -68,7 +68,7 @@ class LowRankStrategy(Strategy):
 
     def merged(self, model: Any) -> nn.Module:
         """Fold the update into dense weights."""
-        return fastlora.merge(model)
+        return fastlora.merge(super().merged(model))
 
 
 def convolutions_instead(model: nn.Module, head: list[str], r: int) -> list[str]:

@@ -141,6 +141,10 @@ class Task(ABC):
         """Return training examples as they are batched; a language model packs them."""
         return examples
 
+    def audit(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return what is to be known of the training examples before the first step."""
+        return {}
+
     def tokens_of(self, batch: dict[str, Any]) -> int:
         """Return how many tokens, patches or images a batch has, padding left out."""
         mask = batch.get("attention_mask")

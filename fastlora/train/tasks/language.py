@@ -35,6 +35,13 @@ class LanguageTask(TextTask):
         """Return examples packed into rows of max_length tokens, where data.packing asks for it."""
         return pack(examples, self.max_length) if self.config.data.packing else examples
 
+    def audit(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return in what share of the rows the end of text is learnt, and some label at all."""
+        end, count = self.tokenizer.eos_token_id, max(len(examples), 1)
+        learnt = sum(any(label != IGNORED for label in e["labels"][1:]) for e in examples)
+        ended = sum(end in e["labels"][1:] for e in examples)
+        return {"rows_with_labels": learnt / count, "end_of_text_in_loss": ended / count}
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return padded tokens and labels; packed rows have positions instead of a mask."""
         fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": IGNORED}
