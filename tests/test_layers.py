@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import LoraConfig, QuantConfig, ops
+from fastlora import LoHaConfig, LoraConfig, QuantConfig, ops
 from fastlora.layers import AdapterLinear, QuantizedLinear
 
 X = torch.randn(5, 33, generator=torch.Generator().manual_seed(3))
@@ -186,3 +187,18 @@ def test_repr_names_the_format_and_the_adapter() -> None:
     assert "QuantizedLinear" in text and "nf4, blocksize=64, double_quant=True" in text
     assert "lora(r=3, scaling=2.66667)" in text
     assert isinstance(first(model_of("nf4")), QuantizedLinear)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=2), LoraConfig(r=2, use_dora=True), LoHaConfig(r=2)]
+)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_autocast_takes_inputs_of_either_dtype(config: Any, quantize: str | None) -> None:
+    """A layer after an autocast one is fed bfloat16, and its float32 weight is cast too."""
+    torch.manual_seed(0)
+    model = fastlora.patch_model(nn.Sequential(nn.Linear(64, 64)), config, quantize=quantize)
+    layer, x = model[0], torch.randn(4, 64)  # type: ignore[index]
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, narrow = layer(x), layer(x.bfloat16().requires_grad_())
+        narrow.sum().backward()
+    assert wide.dtype == narrow.dtype == torch.bfloat16 and torch.equal(wide, narrow)

@@ -24,7 +24,7 @@ from fastlora.dispatch import Problem
 from fastlora.in_place import Accelerated, Swap, one_device, refusal
 from fastlora.integrations import bnb_layers
 from fastlora.integrations.versions import check_version
-from fastlora.ops.library import activation_dtype
+from fastlora.ops.library import activation_dtype, autocasts
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DROPOUT = "its dropout masks come from a seed, not from nn.Dropout"
@@ -51,7 +51,7 @@ def takes(layer: Any, x: Tensor) -> bool:
         return False
     if type(linear) is nn.Linear:
         usual = activation_dtype(x) in FLOATS and not linear.weight.requires_grad
-        return usual and (linear.weight.dtype == x.dtype or activation_dtype(x) != x.dtype)
+        return usual and (linear.weight.dtype == x.dtype or autocasts(x))
     if not isinstance(linear, Accelerated):
         return False
     return bnb_layers.computes(linear, x)

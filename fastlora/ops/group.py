@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora.checks import check_forward, wide_dtype
 from fastlora.dispatch import choose
-from fastlora.ops.library import activation_dtype, is_plain, no_autocast, refuse_double
+from fastlora.ops.library import is_cast, is_plain, no_autocast, refuse_double
 from fastlora.ops.linear import linear
 
 Biases = Sequence[Tensor | None]
@@ -66,7 +66,7 @@ def _module(
     """Return the backend that computes these as a group, or None."""
     given = [update for update in updates if update is not None]
     tensors = [weight.data for weight in weights] + [update.A for update in given]
-    if len(weights) < 2 or activation_dtype(x) != x.dtype or not is_plain(x, *biases, *tensors):
+    if len(weights) < 2 or is_cast(x, *weights) or not is_plain(x, *biases, *tensors):
         return None
     if any(update.seed is not None or update.spans is not None for update in given):
         return None

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from fastlora_kernels.formats import StoredWeight
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -72,6 +73,28 @@ def activation_dtype(x: Tensor) -> torch.dtype:
         return x.dtype
     casts = x.is_floating_point() and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast casts what is multiplied with x."""
+    device = "cpu" if x.is_cpu else x.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def is_cast(x: Tensor, *weights: StoredWeight) -> bool:
+    """Return whether autocast casts x or one of the weights."""
+    if not autocasts(x):
+        return False
+    dense = [weight.data.dtype for weight in weights if weight.format == "dense"]
+    return any(dtype != activation_dtype(x) for dtype in (x.dtype, *dense))
+
+
+def as_multiplied(x: Tensor, weight: StoredWeight) -> tuple[Tensor, StoredWeight]:
+    """Return x and a stored weight as autocast has them, where that is on, else as they are."""
+    dtype, data = activation_dtype(x), weight.data
+    if weight.format == "dense" and data.dtype != dtype and autocasts(x):
+        weight = weight._replace(data=data.to(dtype))
+    return (x if x.dtype == dtype else x.to(dtype)), weight
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
-from fastlora.ops.library import activation_dtype, is_plain, refuse_double
+from fastlora.ops.library import as_multiplied, is_plain, refuse_double
 from fastlora.ops.lora_linear import (
     NO_UPDATE,
     WEIGHT_GRAD,
@@ -77,10 +77,7 @@ def linear(
     grads = torch.is_grad_enabled()
     if grads and data.requires_grad:
         raise ValueError(WEIGHT_GRAD)
-    dtype = activation_dtype(x)
-    if dtype != x.dtype:
-        x = x.to(dtype)
-        weight = weight._replace(data=data.to(dtype)) if weight.format == "dense" else weight
+    x, weight = as_multiplied(x, weight)
     low = NO_UPDATE if update is None else update
     A, B = low[0], low[1]
     if not is_plain(x, data, bias, A, B):

@@ -20,8 +20,9 @@ from fastlora.checks import check_forward
 from fastlora.dispatch import choose
 from fastlora.ops import columns
 from fastlora.ops.library import (
-    activation_dtype,
+    as_multiplied,
     bias_gradient,
+    is_cast,
     is_plain,
     no_autocast,
     refuse_double,
@@ -133,7 +134,7 @@ def finds_norms(
     x: Tensor, weight: StoredWeight, update: LowRank, n: int, backend: str = "auto"
 ) -> bool:
     """Return whether the backend finds the norms by itself; see `scaled_linear`."""
-    if not is_plain(x, weight.data, update.A, update.B) or activation_dtype(x) != x.dtype:
+    if not is_plain(x, weight.data, update.A, update.B) or is_cast(x, weight):
         return False
     usual = update.A.dtype in (torch.float32, x.dtype) and update.A.dtype == update.B.dtype
     if not usual or update.dropout or update.spans is not None:
@@ -176,11 +177,7 @@ def scaled_linear(
     """
     if torch.is_grad_enabled() and weight.data.requires_grad:
         raise ValueError(WEIGHT_GRAD)
-    dtype = activation_dtype(x)
-    if dtype != x.dtype:
-        x = x.to(dtype)
-        if weight.format == "dense":
-            weight = weight._replace(data=weight.data.to(dtype))
+    x, weight = as_multiplied(x, weight)
     norm = squares if norms is None else norms
     operands = (x, update.A, update.B, magnitude, bias, norm, weight, update, norms is None)
     return cast(Tensor, _ScaledLinear.apply(*operands, backend))  # type: ignore[no-untyped-call]

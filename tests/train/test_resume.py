@@ -102,9 +102,9 @@ def test_full_fine_tuning_with_early_stopping_resumes(tmp_path: Path) -> None:
 
 
 KILLER = """
-import os, signal, sys
+import os, signal, sys, threading, time
 from fastlora.train import checkpoints
-count, kill_at = 0, int(sys.argv[2])
+count, kill_at, seconds = 0, int(sys.argv[2]), float(sys.argv[3])
 def counted(path, data, real=checkpoints.write_file):
     global count
     count += 1
@@ -117,18 +117,31 @@ from rich.console import Console
 from fastlora.train.config import read_config
 from fastlora.train.run import Run
 from pathlib import Path
-Run(read_config(Path(sys.argv[1]), sys.argv[3:]), Console(quiet=True)).train()
+run = Run(read_config(Path(sys.argv[1]), sys.argv[4:]), Console(quiet=True))
+def kill():
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+run.train()
+time.sleep(seconds)
 """
 
 
-def test_sigkill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+def test_sigkill_at_ten_moments(tmp_path: Path) -> None:
     file, first = whole(tmp_path, **DROPOUT)
     output, draw = tmp_path / "again", random.Random(0)
-    for _ in range(3):
-        arguments = [str(file), str(draw.randint(1, 20)), f"output={output}"]
+    for attempt in range(10):  # five while a checkpoint is written, five at any time
+        file_number = draw.randint(1, 20) if attempt % 2 else 10**6
+        seconds = 60.0 if attempt % 2 else draw.uniform(0, 0.7)
+        arguments = [str(file), str(file_number), str(seconds), f"output={output}"]
         done = subprocess.run([sys.executable, "-c", KILLER, *arguments], check=False)
         assert done.returncode == -signal.SIGKILL
-    Run(read_config(file, [f"output={output}"]), QUIET).train()
+        if (output / "metrics.json").exists():
+            break  # it came too late: the run was over
+    else:
+        assert directory.read_log(output / "log.jsonl")
+    if not (output / "metrics.json").exists():
+        Run(read_config(file, [f"output={output}"]), QUIET).train()
     check_equal(first, output)
     assert not list((output / "checkpoints").glob(".*"))
 
