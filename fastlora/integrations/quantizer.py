@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from fastlora_kernels.formats import FORMATS
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -196,6 +196,13 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_load_operations(self) -> dict[str, Any]:
         """Return what reads packed weights."""
         return {"deserialize": _Deserialize}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return the same for versions of transformers before 5.21, which ask for it so."""
+        if not self.pre_quantized:
+            return []
+        names = sorted(self.serialized_names["weight"], key=len, reverse=True)
+        return [WeightConverter(names, "weight", [_Deserialize(self)])]
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes packed weights."""

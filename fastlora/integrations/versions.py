@@ -6,9 +6,9 @@ from functools import cache
 from importlib.metadata import version
 
 SUPPORTED = {
-    "transformers": ((5, 0), (6, 0)),
-    "peft": ((0, 17), (0, 22)),
-    "trl": ((1, 0), (2, 0)),
+    "transformers": ((5, 12), (6, 0)),
+    "peft": ((0, 19), (0, 22)),
+    "trl": ((1, 8), (2, 0)),
     "bitsandbytes": ((0, 46), (1, 0)),
 }
 """Package -> (the first supported version, the first that is not)."""
