@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Words(nn.Module):
         return found
 
 
+GROUPS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 21)  # as PEFT adapts them since
 CONVS = ["one", "two", "point"]
 CONFIGS: dict[str, AdapterConfig] = {
     "lora": LoraConfig(r=3, lora_alpha=6, target_modules=[*CONVS, "out"]),
@@ -82,7 +84,9 @@ def theirs(model: nn.Module, config: AdapterConfig) -> Any:
     return peft.get_peft_model(model, kind(**config.changed_fields()))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(CONFIGS) if n not in ("loha", "lokr") or GROUPS]
+)
 def test_numbers_gradients_and_files_are_those_of_peft(name: str, tmp_path: Path) -> None:
     import peft
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
 from fastlora.train import checkpoints
@@ -111,6 +113,15 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
             logs["skipped_steps"] = skipped
         super().log(logs, start_time)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the rows, which is a function of seed and epoch alone."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        examples = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength([len(example["input_ids"]) for example in examples], size, seed)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, with a learning rate for each block and for lora_B."""
         if self.optimizer is None:
@@ -202,6 +213,31 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.unpack_random(checkpoints.read(Path(checkpoint)))
+
+
+class ByLength(Sampler[int]):
+    """Rows of like length together, in an order that a resumed run finds again.
+
+    Attributes:
+        lengths: tokens of each row.
+        size: rows per optimizer step.
+        seed: of the order.
+        epoch: the order of each is another.
+    """
+
+    def __init__(self, lengths: list[int], size: int, seed: int) -> None:
+        self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
 
 
 def _json(value: Any) -> bytes:

@@ -334,6 +334,6 @@ def test_an_unsupported_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
     versions.check_version.cache_clear()
     monkeypatch.setattr(versions, "version", lambda package: "0.99.1")
-    with pytest.raises(ImportError, match=r"works with peft>=0.17,<0.22, found 0.99.1"):
+    with pytest.raises(ImportError, match=r"works with peft>=0.19,<0.22, found 0.99.1"):
         fastlora.patch_model(wrapped("lora"))
     versions.check_version.cache_clear()
