@@ -25,7 +25,7 @@ from bench import common
 METHODS: Mapping[str, tuple[float, dict[str, Any]]] = {
     "full": (1e-3, {}),
     "head": (1e-2, {}),
-    "partial": (2e-3, {"blocks": 1}),
+    "partial": (3e-3, {"blocks": 2}),
     "adapter": (3e-3, {"r": 16}),
     "lora": (5e-3, {"r": 8}),
     "dora": (5e-3, {"r": 8}),

@@ -21,7 +21,7 @@ from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
 from fastlora.train.tasks.base import Evaluation
-from fastlora.train.trainer import Tuner
+from fastlora.train.trainer import Tuner, learns_statistics
 
 
 class Interrupted(Exception):
@@ -80,6 +80,11 @@ class Run:
                 self.task, self.model, self.data.train, self.extras.memory_budget_gib
             )
             self.say(f"batch size {self.batch_size} fits")
+        size = fields.get("per_device_train_batch_size", 8)
+        rows = len(self.data.train)
+        if size != AUTO and rows > size and rows % size == 1 and learns_statistics(self.model):
+            fields.setdefault("dataloader_drop_last", True)
+            self.say("one row is left out of each epoch: a batch norm can't learn from one alone")
         if "input_ids" in self.data.train[0]:
             fields.setdefault("train_sampling_strategy", "group_by_length")
         self.arguments = make_arguments(

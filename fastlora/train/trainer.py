@@ -250,6 +250,12 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def learns_statistics(model: nn.Module) -> bool:
+    """Return whether a batch norm of the model is trained."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(p.requires_grad for norm in norms for p in norm.parameters(recurse=False))
+
+
 def freeze_statistics(model: nn.Module) -> None:
     """Keep the running statistics of normalisations whose weights are frozen."""
     for module in model.modules():

@@ -92,6 +92,14 @@ def test_a_convolutional_network(tmp_path: Path, method: str) -> None:
     assert again["loss"] == pytest.approx(metrics["tuned"]["loss"], rel=1e-4)
 
 
+def test_a_batch_norm_never_learns_from_one_row(tmp_path: Path) -> None:
+    file = world.write_run(tmp_path, "image-classification", "full", model="resnet")
+    made, metrics = run(file, "train.per_device_train_batch_size=23", "train.max_steps=4")
+    assert made.arguments.dataloader_drop_last and metrics["steps"] == 4
+    kept = Run(read_config(file, ["output=" + str(tmp_path / "b")]), QUIET)
+    assert not kept.arguments.dataloader_drop_last
+
+
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
     made, _ = run(world.write_run(tmp_path, "image-classification", "lora", model="resnet"))
     fresh = made.task.load(None, wide=False).model
