@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,9 @@ def _page(lines: Sequence[Line], metric: str, advice: str, config: RunConfig) ->
         (line.method, line.bytes / 2**20, None) for line in done
     ]
     parts: list[Any] = [
-        f'<p class="soft">{config.task} on {config.model}</p>',
-        f"<p><b>Recommended:</b> {advice}.</p>",
-        f"<h2>{metric} on the test rows</h2>", charts.bars(rows, metric),
+        f'<p class="soft">{escape(f"{config.task} on {config.model}")}</p>',
+        f"<p><b>Recommended:</b> {escape(advice)}.</p>",
+        f"<h2>{escape(metric)} on the test rows</h2>", charts.bars(rows, metric),
         "<h2>Seconds in steps</h2>", charts.bars(times, "seconds"),
         "<h2>Saved weights, MiB</h2>", charts.bars(sizes, "MiB"),
         "<h2>All figures</h2>", page.table(_HEADER, [_cells(line) for line in lines]),

@@ -120,7 +120,6 @@ def merge(path: Path, output: Path, console: Console) -> None:
     if not hasattr(merged, "save_pretrained"):
         raise Refusal("the model must be one of transformers to be merged, but it is timm's")
     with staged_directory(output) as work:
-        merged.config.use_cache = True
         merged.save_pretrained(work)
         run.task.save(work)
     console.print(f"merged into {output}", highlight=False)

@@ -27,6 +27,8 @@ def write(run: Run, output: Path, trainer: Tuner, after: Evaluation, audit: dict
     """Write weights, page and, last, metrics.json: with it the run is finished."""
     weights = output / directory.WEIGHTS
     weights.mkdir(exist_ok=True)
+    if run.caches is not None:
+        run.model.config.use_cache = run.caches
     run.strategy.save(run.model, weights)
     run.task.save(weights)
     log = directory.read_log(output / directory.LOG)

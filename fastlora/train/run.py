@@ -53,48 +53,62 @@ class Run:
         self.resumes = directory.check_free(config)
         self.task = task(config.task)(config)
         self.strategy = strategy(config.method)(config.adapter)
-        self._check_fit()
         fields, self.extras = split_arguments(config.train)
+        self._check_fit(fields)
+        self._arguments(fields, 8)  # wrong values are found before anything is loaded
         self.data = prepare(self.task, config.data, config.seed)
         for line in self.data.report.lines():
             self.say(line)
         self._check_labels()
-        loaded = self.task.load(config.quantize, wide=not self.strategy.freezes)
-        self.head = loaded.head
+        self._load(fields.get("per_device_eval_batch_size", 32))
+        self.arguments = self._arguments(fields, self._batch_size(fields))
+
+    def _load(self, batch_size: int) -> None:
+        """Load the model, score it as it is, and apply the strategy."""
+        loaded = self.task.load(self.config.quantize, wide=not self.strategy.freezes)
         for note in loaded.notes:
             self.say(note)
-        self._base: Any = loaded.model
-        memory.check_budget(loaded.model, self.extras.memory_budget_gib)
-        self.before = self._score_base(fields)
+        self.head, budget = loaded.head, self.extras.memory_budget_gib
+        memory.check_budget(loaded.model, budget)
+        self.before = self._score_base(loaded.model, batch_size)
         self.body = retention.body_of(loaded.model)
         if self.body is not None:
             held_out = self.data.valid
             self.features = retention.features(self.task, loaded.model, self.body, held_out)
-        model: Any = self.strategy.apply(loaded, self.task.task_type, config.seed)
+        model: Any = self.strategy.apply(loaded, self.task.task_type, self.config.seed)
         self.model = model
-        self.model.config.use_cache = False
-        memory.check_budget(self.model, self.extras.memory_budget_gib)
-        self.batch_size = 8
-        if fields.get("per_device_train_batch_size") == AUTO:
-            self.batch_size = memory.fitting_batch_size(
-                self.task, self.model, self.data.train, self.extras.memory_budget_gib
-            )
-            self.say(f"batch size {self.batch_size} fits")
-        size = fields.get("per_device_train_batch_size", 8)
-        rows = len(self.data.train)
-        if size != AUTO and rows > size and rows % size == 1 and learns_statistics(self.model):
-            fields.setdefault("dataloader_drop_last", True)
+        self.caches: bool | None = getattr(model.config, "use_cache", None)
+        if self.caches is not None:
+            model.config.use_cache = False
+        memory.check_budget(model, budget)
+
+    def _batch_size(self, fields: dict[str, Any]) -> int:
+        """Return the rows of a step on one device: the user's number, or what fits."""
+        asked: Any = fields.get("per_device_train_batch_size", 8)
+        if asked != AUTO:
+            return int(asked)
+        budget = self.extras.memory_budget_gib
+        size = memory.fitting_batch_size(self.task, self.model, self.data.train, budget)
+        self.say(f"batch size {size} fits")
+        return size
+
+    def _arguments(self, fields: dict[str, Any], size: int) -> Any:
+        """Return TrainingArguments; those that depend on the data once it is there."""
+        chosen = dict(fields)
+        rows = self.data.train if hasattr(self, "data") else []
+        if len(rows) > size and len(rows) % size == 1 and learns_statistics(self.model):
+            chosen.setdefault("dataloader_drop_last", True)
             self.say("one row is left out of each epoch: a batch norm can't learn from one alone")
-        if "input_ids" in self.data.train[0]:
-            fields.setdefault("train_sampling_strategy", "group_by_length")
-        self.arguments = make_arguments(
-            fields,
+        if rows and "input_ids" in rows[0]:
+            chosen.setdefault("train_sampling_strategy", "group_by_length")
+        return make_arguments(
+            chosen,
             self.extras,
-            config.output / directory.CHECKPOINTS,
+            self.config.output / directory.CHECKPOINTS,
             self.strategy.learning_rate,
             self.task.metric,
             self.task.greater,
-            self.batch_size,
+            size,
         )
 
     def _check_labels(self) -> None:
@@ -109,8 +123,8 @@ class Run:
         """Tell the person at the terminal."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _check_fit(self) -> None:
-        """Raise unless method, task and storage go together."""
+    def _check_fit(self, fields: dict[str, Any]) -> None:
+        """Raise unless method, task, storage and options go together."""
         method, task_type = self.strategy, self.task.task_type
         if self.task.vision and not method.vision:
             raise Refusal(
@@ -123,13 +137,19 @@ class Run:
                 f"quantize must be left out for method {method.name}, which trains the base's own"
                 " weights; 4-bit weights stay as they are"
             )
+        if not method.vision and self.config.data.packing:
+            raise Refusal(f"data.packing must be false for method {method.name}; leave it out")
+        if method.name == "prefix" and fields.get("gradient_checkpointing"):
+            raise Refusal(
+                "train.gradient_checkpointing must be false for method prefix, whose keys and"
+                " values are not computed again; use prompt, or leave it out"
+            )
 
-    def _score_base(self, fields: dict[str, Any]) -> Evaluation:
+    def _score_base(self, base: Any, batch_size: int) -> Evaluation:
         stored = self.config.output / directory.BASE
         if self.resumes and stored.is_file():
             return Evaluation(**json.loads(stored.read_text(encoding="utf-8")))
-        batch_size = fields.get("per_device_eval_batch_size", 32)
-        return self.task.evaluate(self._base, self.data.test, batch_size)
+        return self.task.evaluate(base, self.data.test, batch_size)
 
     def retained(self) -> float | None:
         """Return how like the base's features are to what they were; None: not known."""

@@ -31,12 +31,10 @@ class TimmClassifier(nn.Module):
         body: timm's model, its final layer included.
     """
 
-    base_model_prefix = "body"
-
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
-        self.config: Any = SimpleNamespace(use_cache=False, to_dict=dict, model_type="timm")
+        self.config: Any = SimpleNamespace(to_dict=dict, model_type="timm")
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Return logits (M, classes), and the mean cross-entropy where there are labels."""

@@ -51,6 +51,8 @@ BAD: list[tuple[list[str], str]] = [
     (["method=partial", "adapter={blocks: 9}"], "adapter.blocks must be at most 3"),
     (["method=full", "adapter={}", "quantize=nf4"], "quantize must be left out for method full"),
     (["quantize=int4"], "the value of quantize is wrong"),
+    (["method=prefix", "adapter={}", "data.packing=true"], "data.packing must be false"),
+    (["method=prefix", "adapter={}", "train.gradient_checkpointing=true"], "for method prefix, wh"),
     (["no-equals"], "an override must be key=value"),
     (["model.x=3"], "in 'model.x' 'model' is a value"),
     (["model=timm:resnet18"], "must read text"),
