@@ -178,12 +178,14 @@ def _add_runs(app: "typer.Typer") -> None:
     @app.command()
     def merge(
         run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
-        output: Annotated[Path, typer.Argument(help="The directory to write.")],
+        output: Annotated[
+            Path | None, typer.Argument(help="The directory to write; default: RUN/merged.")
+        ] = None,
     ) -> None:
         """Write a run's model as a plain checkpoint that transformers loads."""
         from fastlora.train import finished
 
-        finished.merge(run, output, console)
+        finished.merge(run, output or run / "merged", console)
 
     @app.command()
     def chat(

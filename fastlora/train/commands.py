@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,16 +60,24 @@ def guarded(output: Path, work: Callable[[], Any]) -> None:
     except Refusal:
         raise
     except OSError as error:
-        place = error.filename or output
-        raise Refusal(
-            f"the results must be writable, but {place} is not: {error.strerror or error}; what was"
-            " saved before is whole"
-        ) from error
+        raise _not_written(error.filename or output, error.strerror or str(error)) from error
     except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):  # as safetensors says it
+            raise _not_written(output, os.strerror(errno.ENOSPC)) from error
         log = (output if output.is_dir() else Path()) / f"fastlora-{ERROR_LOG}"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        try:
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError:
+            traceback.print_exc()
         print(f"fastlora: unexpected error: {error}; the log is {log}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _not_written(place: object, reason: str) -> Refusal:
+    return Refusal(
+        f"the results must be writable, but {place} is not: {reason}; what was saved before is"
+        " whole, so free some space and run the same command again"
+    )
 
 
 def compare(

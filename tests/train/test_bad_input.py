@@ -215,3 +215,42 @@ def test_the_command_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
         done.returncode == 2 and len(said) == 1 and said[0].startswith("fastlora: data.text must")
     )
     assert not (tmp_path / "out").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from rich.console import Console
+from fastlora.train import commands
+from fastlora.train.refusal import Refusal
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    commands.train(Path(sys.argv[1]), [], Console(quiet=True))
+except Refusal as refusal:
+    print("REFUSED", refusal)
+"""
+
+
+@pytest.mark.parametrize(("method", "limit"), [("full", 40_000), ("lora", 6_000)])
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, method: str, limit: int) -> None:
+    file = world.write_run(tmp_path, "classification", method)
+    command = [sys.executable, "-c", FULL_DISK, str(file), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "REFUSED the results must be writable" in done.stdout, done.stderr[-2000:]
+    assert "File too large" in done.stdout
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+
+def test_an_unexpected_error_says_where_its_log_is(tmp_path: Path) -> None:
+    from fastlora.train.commands import guarded
+
+    def broken() -> None:
+        raise KeyError("what")
+
+    with pytest.raises(SystemExit) as stop:
+        guarded(tmp_path, broken)
+    assert stop.value.code == 1
+    assert "KeyError: 'what'" in (tmp_path / "fastlora-error.log").read_text()
