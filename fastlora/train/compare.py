@@ -36,6 +36,7 @@ class Line:
         spread: its standard deviation over seeds; 0 for one seed.
         base: the base's mean score.
         retained: mean similarity of the base's features before and after; None: not known.
+        old: mean perplexity of data.retain before and after; None: there is no such data.
         trainable: parameters.
         bytes: of the saved weights.
         peak: bytes of memory.
@@ -49,6 +50,7 @@ class Line:
     spread: float = 0.0
     base: float = float("nan")
     retained: float | None = None
+    old: tuple[float, float] | None = None
     trainable: int = 0
     bytes: int = 0
     peak: int = 0
@@ -118,12 +120,21 @@ def _line(config: RunConfig, method: str, seeds: Sequence[int], metric: str, out
         statistics.stdev(scores) if len(scores) > 1 else 0.0,
         statistics.fmean(run["base"][metric] for run in found),
         statistics.fmean(kept) if kept else None,
+        _old(found),
         found[0]["trainable_parameters"],
         found[0]["checkpoint_bytes"],
         max(run["peak_memory_bytes"] for run in found),
         statistics.fmean(run["train_seconds"] for run in found),
         len(found),
     )
+
+
+def _old(found: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    pairs = [run["retain_perplexity"] for run in found if run.get("retain_perplexity")]
+    if not pairs:
+        return None
+    before, after = (statistics.fmean(pair[key] for pair in pairs) for key in ("before", "after"))
+    return before, after
 
 
 def _run(config: RunConfig, method: str, seed: int, place: Path) -> str:
@@ -178,6 +189,8 @@ def _cells(line: Line) -> list[str]:
         return [line.method, f"could not run: {line.refused}", *[""] * 6]
     spread = f" ± {line.spread:.3f}" if line.seeds > 1 else ""
     kept = "" if line.retained is None else f"{line.retained:.3f}"
+    if line.old is not None:
+        kept += f" ({line.old[0]:.2f} → {line.old[1]:.2f})"
     return [
         line.method, f"{line.score:.4f}{spread}", f"{line.base:.4f}", kept, f"{line.trainable:,}",
         f"{line.bytes / 2**20:.2f}", f"{line.peak / 2**20:,.0f}", f"{line.seconds:.1f}",
@@ -212,6 +225,7 @@ def _page(lines: Sequence[Line], metric: str, advice: str, config: RunConfig) ->
         "<h2>Saved weights, MiB</h2>", charts.bars(sizes, "MiB"),
         "<h2>All figures</h2>", page.table(_HEADER, [_cells(line) for line in lines]),
         '<p class="soft">base kept: mean cosine between what the pre-trained body gives for the'
-        " same inputs before and after; 1 is no change</p>",
+        " same inputs before and after, 1 is no change; in brackets the perplexity of"
+        " data.retain</p>",
     ]  # fmt: skip
     return page.document("Methods compared", "".join(parts))

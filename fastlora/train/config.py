@@ -29,6 +29,8 @@ class DataSection(Section):
             sub-folder per class, or a hub data set's id.
         valid: as `train`; None: `valid_fraction` of the training rows.
         test: as `train`; None: the validation rows are the test.
+        retain: texts that a language model should still be good at; their perplexity is measured
+            before and after.
         valid_fraction: share of the training rows that are held out when `valid` is None.
         max_length: tokens per example; what is longer is cut, and counted.
         bad_rows: "stop" at the first bad row, or "skip" and count them.
@@ -40,6 +42,7 @@ class DataSection(Section):
     train: str
     valid: str | None = None
     test: str | None = None
+    retain: str | None = None
     valid_fraction: float = Field(0.1, gt=0, lt=1)
     max_length: int = Field(512, ge=2)
     bad_rows: Literal["stop", "skip"] = "stop"
@@ -65,7 +68,7 @@ class DataSection(Section):
 ROLES = tuple(
     name
     for name, field in DataSection.model_fields.items()
-    if field.default is None and name not in ("valid", "test")
+    if field.default is None and name not in ("valid", "test", "retain")
 )
 """The keys of `data` that name columns."""
 

@@ -61,6 +61,7 @@ def collect(
         "base": run.before.scores,
         "tuned": after.scores,
         "retained": run.retained(),
+        "retain_perplexity": run.forgetting(),
         "trainable_parameters": trained,
         "total_parameters": total,
         "steps": trainer.state.global_step,

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlora.train.config import ROLES
+from fastlora.train.data.columns import find_columns
+from fastlora.train.data.rows import read_rows
 from fastlora.train.tasks.base import Example, Task, to_device
+from fastlora.train.tasks.causal_lm import CausalLM
+from fastlora.train.tasks.language import LanguageTask
 
 LOOKED_AT = 32
 
@@ -45,6 +50,24 @@ def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example
         handle.remove()
         model.train(was_training)
     return torch.stack(found[:LOOKED_AT])
+
+
+def old_texts(task: Task) -> tuple[LanguageTask, list[Example]] | None:
+    """Return the examples of data.retain and the task that scores them; None: there are none.
+
+    Raises:
+        Refusal: the texts can't be read.
+    """
+    source = task.config.data.retain
+    if source is None or not isinstance(task, LanguageTask):
+        return None
+    plain = CausalLM(task.config)
+    plain.tokenizer, plain.max_length = task.tokenizer, task.max_length
+    rows = read_rows(source, "retain", skip_bad=True)
+    roles = {name: None for name in ROLES}
+    data = task.config.data.model_copy(update=roles)
+    plain.columns = find_columns(data, rows.columns, ["text"], (), source)
+    return plain, [example for row in rows.rows for example in plain.examples(row, False)]
 
 
 def body_of(model: nn.Module) -> str | None:

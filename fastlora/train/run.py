@@ -21,6 +21,7 @@ from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
 from fastlora.train.tasks.base import Evaluation
+from fastlora.train.tasks.language import LanguageTask
 from fastlora.train.trainer import Tuner, learns_statistics
 
 
@@ -71,6 +72,8 @@ class Run:
         self.head, budget = loaded.head, self.extras.memory_budget_gib
         memory.check_budget(loaded.model, budget)
         self.before = self._score_base(loaded.model, batch_size)
+        self.old_texts = retention.old_texts(self.task)
+        self.old_before = self._old_perplexity(loaded.model)
         self.body = retention.body_of(loaded.model)
         if self.body is not None:
             held_out = self.data.valid
@@ -137,6 +140,11 @@ class Run:
                 f"quantize must be left out for method {method.name}, which trains the base's own"
                 " weights; 4-bit weights stay as they are"
             )
+        if self.config.data.retain and not isinstance(self.task, LanguageTask):
+            raise Refusal(
+                f"data.retain is text for language models, but task {self.task.name} has none;"
+                " leave it out"
+            )
         if not method.vision and self.config.data.packing:
             raise Refusal(f"data.packing must be false for method {method.name}; leave it out")
         if method.name == "prefix" and fields.get("gradient_checkpointing"):
@@ -150,6 +158,18 @@ class Run:
         if self.resumes and stored.is_file():
             return Evaluation(**json.loads(stored.read_text(encoding="utf-8")))
         return self.task.evaluate(base, self.data.test, batch_size)
+
+    def _old_perplexity(self, model: Any) -> float | None:
+        if self.old_texts is None:
+            return None
+        scored, examples = self.old_texts
+        return scored.evaluate(model, examples, 8).scores["perplexity"]
+
+    def forgetting(self) -> dict[str, float | None] | None:
+        """Return the perplexity of data.retain before and after; None: there is no such data."""
+        if self.old_texts is None:
+            return None
+        return {"before": self.old_before, "after": self._old_perplexity(self.model)}
 
     def retained(self) -> float | None:
         """Return how like the base's features are to what they were; None: not known."""

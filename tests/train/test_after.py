@@ -119,6 +119,18 @@ def test_a_method_that_a_task_cannot_take_is_listed_with_the_reason(tmp_path: Pa
     assert "works on tokens" in lines[0].refused and not lines[1].refused
 
 
+def test_what_a_language_model_forgets_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("yes no good bad question answer " * 20)
+    old: dict[str, Any] = {"data": {"retain": str(tmp_path / "old.txt")}}
+    output = trained(tmp_path, "instruction", "full", **old)
+    metrics = json.loads((output / "metrics.json").read_text())
+    found = metrics["retain_perplexity"]
+    assert found["after"] != found["before"] > 1
+    file = world.write_run(tmp_path, "classification", "lora", **old)
+    with pytest.raises(Refusal, match=r"data\.retain is text for language models"):
+        Run(read_config(file, [f"output={tmp_path / 'other'}"]), QUIET)
+
+
 def test_recommendation_is_the_cheapest_that_is_as_good() -> None:
     lines = [
         comparing.Line("full", score=0.90, spread=0.01, bytes=100),
