@@ -181,7 +181,7 @@ def times(work: Path, methods: Sequence[str], steps: int, rounds: int) -> None:
         ours, hand = [], []
         for seed in range(rounds):
             file = run_file(work, method, seed, None, max_steps=steps, eval_strategy="no")
-            ours.append(by_command(file)["train_seconds"])
+            ours.append(by_command(file)["seconds"])
             hand.append(by_hand(work, method, seed, steps)["seconds"])
         row = {
             "name": f"{method}: {steps} steps", "method": method, "steps": steps, "rounds": rounds,

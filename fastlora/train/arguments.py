@@ -74,7 +74,7 @@ def split_arguments(section: dict[str, Any]) -> tuple[dict[str, Any], Extras]:
     Raises:
         Refusal: a key is unknown or a value is wrong.
     """
-    check_known("a key of train", section, known_fields())
+    check_known("a key of train", section, sorted(known_fields()))
     names = {field.name for field in dataclasses.fields(Extras)}
     ours = {key: value for key, value in section.items() if key in names}
     theirs = {key: value for key, value in section.items() if key not in names}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import TrainerCallback
+
+from fastlora.train.directory import finite
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
@@ -58,26 +62,36 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Measures the steps, without evaluation and checkpoints.
+    """Writes each step's row with the time that it took, its optimizer included.
 
     Attributes:
-        seconds: of the last step.
+        file: the log.
     """
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._row: dict[str, Any] | None = None
         self._start = time.perf_counter()
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Take the row of the present step."""
+        self._row = row
+
+    def write(self) -> None:
+        """Append the row that was taken last, once."""
+        if self._row is not None:
+            row = {**self._row, "seconds": time.perf_counter() - self._start}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(row)) + "\n")
+            self._row = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start."""
         self._start = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop, but for the optimizer, which `on_optimizer_step` adds."""
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop."""
-        self.seconds = time.perf_counter() - self._start
+        self.write()
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]

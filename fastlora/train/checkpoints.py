@@ -21,6 +21,8 @@ from fastlora.adapter_files import sync_directory, write_file
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+OPTIMIZER = ("optimizer.safetensors", "optimizer.json")
+RANDOM = ("random.safetensors", "random.json")
 _NAME = re.compile(rf"{PREFIX}(\d+)\Z")
 _HIDDEN = ".checkpoint-"
 _REPLACED = re.compile(rf"\{_HIDDEN}old-(\d+)-")
@@ -75,8 +77,8 @@ def clean(root: Path) -> None:
             stale.rename(final)
 
 
-def read(path: Path) -> dict[str, bytes]:
-    """Return the files of a checkpoint, verified.
+def read(path: Path, *names: str) -> dict[str, bytes]:
+    """Return files of a checkpoint, verified: those of these names, or all.
 
     Raises:
         DamagedCheckpoint: a file is missing or is not what was written.
@@ -86,7 +88,9 @@ def read(path: Path) -> dict[str, bytes]:
         if hashlib.sha256(body).hexdigest().encode() != digest:
             raise DamagedCheckpoint(f"{path / MANIFEST} does not match its SHA-256")
         found = {}
-        for name, entry in json.loads(body)["files"].items():
+        entries = json.loads(body)["files"]
+        for name in names or entries:
+            entry = entries[name]
             data = (path / Path(name).name).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise DamagedCheckpoint(f"{path / name} does not match its SHA-256")

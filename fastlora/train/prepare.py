@@ -69,11 +69,6 @@ def prepare(task: Task, data: DataSection, seed: int) -> Prepared:
     labels = [label for row in splits["train"] if (label := task.label_of(row)) is not None]
     report.labels = label_counts(labels)
     examples = {name: _examples(task, rows, name, data, report) for name, rows in splits.items()}
-    if "input_ids" in examples["train"][0]:
-        report.notes.append(
-            "examples of like length are batched together, which saves padding"
-            " (train.train_sampling_strategy: random does not)"
-        )
     if "test" not in examples:
         report.notes.append("there is no data.test, so the final scores are of the validation rows")
     return Prepared(

@@ -30,9 +30,9 @@ def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise unless every name is known.
 
     Raises:
-        Refusal: the first that is not, with the nearest known one.
+        Refusal: the first that is not, with the nearest known one, or all in the given order.
     """
-    known = sorted(known)
+    known = list(known)
     for name in names:
         if name not in known:
             hint = nearest(name, known) or f"; known are {', '.join(known)}"

@@ -69,7 +69,7 @@ def collect(
         "batch_size": run.arguments.per_device_train_batch_size,
         "best_step": trainer.state.best_global_step,
         "train_seconds": seconds,
-        "seconds": seconds,
+        "seconds": run.seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": peak_bytes(),

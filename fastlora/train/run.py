@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Run:
     Attributes:
         config: as it was read.
         model: the model, ready to train.
+        seconds: of training in this process, with evaluation and checkpoints.
 
     Raises:
         Refusal: bad input of any kind.
@@ -50,7 +52,7 @@ class Run:
 
     def __init__(self, config: RunConfig, console: Console) -> None:
         quiet()
-        self.config, self.console = config, console
+        self.config, self.console, self.seconds = config, console, 0.0
         self.resumes = directory.check_free(config)
         self.task = task(config.task)(config)
         self.strategy = strategy(config.method)(config.adapter)
@@ -67,8 +69,6 @@ class Run:
     def _load(self, batch_size: int) -> None:
         """Load the model, score it as it is, and apply the strategy."""
         loaded = self.task.load(self.config.quantize, wide=not self.strategy.freezes)
-        for note in loaded.notes:
-            self.say(note)
         self.head, budget = loaded.head, self.extras.memory_budget_gib
         memory.check_budget(loaded.model, budget)
         self.before = self._score_base(loaded.model, batch_size)
@@ -79,6 +79,8 @@ class Run:
             held_out = self.data.valid
             self.features = retention.features(self.task, loaded.model, self.body, held_out)
         model: Any = self.strategy.apply(loaded, self.task.task_type, self.config.seed)
+        for note in loaded.notes:
+            self.say(note)
         self.model = model
         self.caches: bool | None = getattr(model.config, "use_cache", None)
         if self.caches is not None:
@@ -102,8 +104,12 @@ class Run:
         if len(rows) > size and len(rows) % size == 1 and learns_statistics(self.model):
             chosen.setdefault("dataloader_drop_last", True)
             self.say("one row is left out of each epoch: a batch norm can't learn from one alone")
-        if rows and "input_ids" in rows[0]:
-            chosen.setdefault("train_sampling_strategy", "group_by_length")
+        if rows and "input_ids" in rows[0] and "train_sampling_strategy" not in chosen:
+            chosen["train_sampling_strategy"] = "group_by_length"
+            self.say(
+                "examples of like length are batched together, which saves padding"
+                " (train.train_sampling_strategy: random does not)"
+            )
         return make_arguments(
             chosen,
             self.extras,
@@ -196,21 +202,15 @@ class Run:
         return output
 
     def _loop(self, output: Path) -> tuple[Tuner, Audit]:
-        log, clock, audit = output / directory.LOG, Clock(), Audit(self.say)
-        interruption = Interruption()
-
-        def on_loss(row: dict[str, Any]) -> None:
-            row = {**row, "seconds": clock.seconds}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(directory.finite(row)) + "\n")
-
+        log, audit, interruption = output / directory.LOG, Audit(self.say), Interruption()
+        clock = Clock(log)
         patience = self.extras.early_stopping_patience
         stops = [transformers.EarlyStoppingCallback(patience)] if patience else []
         trainer = Tuner(
             self.task,
             self.extras,
             self.head,
-            on_loss,
+            clock.take,
             model=self.model,
             args=self.arguments,
             train_dataset=self.data.train,
@@ -225,8 +225,13 @@ class Run:
         directory.cut_log(log, step)
         if newest is not None and trainer.take_stopped(newest):
             return trainer, audit
-        with interruption.listening():
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        start = time.perf_counter()
+        try:
+            with interruption.listening():
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        finally:
+            clock.write()  # of a step that was not finished
+        self.seconds = time.perf_counter() - start
         if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"interrupted after step {trainer.state.global_step}, which is saved in {output};"

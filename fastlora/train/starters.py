@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastlora.train.directory import write_whole
-from fastlora.train.refusal import Refusal, nearest
+from fastlora.train.refusal import Refusal, check_known
 
 _BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 
@@ -38,9 +38,7 @@ def write(task: str, output: Path, console: Console) -> None:
         Refusal: there is no such task, or the file is there already.
     """
     known = pages("tasks")
-    if task not in known:
-        hint = nearest(task, known) or f"; known are {', '.join(known)}"
-        raise Refusal(f"task must be known, got {task!r}{hint}")
+    check_known("task", [task], known)
     if output.exists():
         raise Refusal(f"the file must be new, but {output} exists; choose another with --output")
     write_whole(output, yaml_of(known[task]))

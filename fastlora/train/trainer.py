@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from fastlora.train import checkpoints
 from fastlora.train.arguments import Extras
 from fastlora.train.groups import parameter_groups
-from fastlora.train.nonfinite import Diverged, Watch
+from fastlora.train.nonfinite import Watch
 from fastlora.train.strategies.base import load_state, trained_state
 from fastlora.train.tasks.base import Evaluation, Task
 
@@ -158,7 +158,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
 
     def take_stopped(self, checkpoint: Path) -> bool:
         """Take the best weights, if early stopping had ended the run with this checkpoint."""
-        found = json.loads(checkpoints.read(checkpoint)[_STATE])
+        found = json.loads(checkpoints.read(checkpoint, _STATE)[_STATE])
         entry = found["stateful_callbacks"].get("EarlyStoppingCallback", {})
         counted = entry.get("attributes", {}).get("early_stopping_patience_counter", 0)
         if not entry or counted < entry["args"]["early_stopping_patience"]:
@@ -193,7 +193,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         checkpoints.rotate(root, self.args.save_total_limit, Path(best_path) if best_path else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        files = checkpoints.read(Path(resume_from_checkpoint))
+        files = checkpoints.read(Path(resume_from_checkpoint), _WEIGHTS)
         load_state(self.model if model is None else model, load(files[_WEIGHTS]))
 
     def _load_best_model(self) -> None:
@@ -201,18 +201,18 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            files = checkpoints.read(Path(checkpoint))
+            files = checkpoints.read(Path(checkpoint), *checkpoints.OPTIMIZER, _SCHEDULER)
             checkpoints.unpack_optimizer(self.optimizer, files)
             self.lr_scheduler.load_state_dict(json.loads(files[_SCHEDULER]))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is not None and scaler is not None:
-            scaler.load_state_dict(json.loads(checkpoints.read(Path(checkpoint))[_SCALER]))
+            scaler.load_state_dict(json.loads(checkpoints.read(Path(checkpoint), _SCALER)[_SCALER]))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoints.unpack_random(checkpoints.read(Path(checkpoint)))
+            checkpoints.unpack_random(checkpoints.read(Path(checkpoint), *checkpoints.RANDOM))
 
 
 class ByLength(Sampler[int]):
@@ -262,6 +262,3 @@ def freeze_statistics(model: nn.Module) -> None:
         frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
             module.eval()
-
-
-__all__ = ["Diverged", "Tuner", "freeze_statistics"]

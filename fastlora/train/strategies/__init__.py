@@ -1,21 +1,15 @@
-"""Ways of fine-tuning, one file each; `STRATEGIES` finds them."""
+"""Ways of fine-tuning, one file each; `strategies` finds them."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
-from fastlora.train.refusal import Refusal, nearest
+from fastlora.train.refusal import check_known
+from fastlora.train.registry import members
 from fastlora.train.strategies.base import Strategy
 
 
 def strategies() -> dict[str, type[Strategy]]:
     """Return every strategy of this folder by name, in the order of `ORDER`."""
-    found = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        if hasattr(module, "STRATEGY"):
-            found[module.STRATEGY.name] = module.STRATEGY
+    found = members(__name__, __path__, "STRATEGY")
     return {name: found[name] for name in sorted(found, key=_order)}
 
 
@@ -34,7 +28,5 @@ def strategy(name: str) -> type[Strategy]:
         Refusal: there is none.
     """
     known = strategies()
-    if name not in known:
-        hint = nearest(name, known) or f"; known are {', '.join(known)}"
-        raise Refusal(f"method must be known, got {name!r}{hint}")
+    check_known("method", [name], known)
     return known[name]

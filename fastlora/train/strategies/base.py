@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ class Strategy(ABC):
 
     def take(self, *known: str) -> dict[str, Any]:
         """Return the adapter section after checking that it has no other keys."""
-        check_known(f"a key of adapter, for method {self.name},", self.adapter, known)
+        check_known(f"a key of adapter, for method {self.name},", self.adapter, sorted(known))
         return self.adapter
 
     @abstractmethod
@@ -155,8 +154,3 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     if not alike:
         raise Refusal("the model must have a list of blocks for this method, but it has none")
     return max(alike, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,6 +48,10 @@ class LowRankStrategy(Strategy):
         if config.all_linear:
             convolutions = convolutions_instead(loaded.model, loaded.head, config.r)
             if convolutions:
+                loaded.notes.append(
+                    f"the model has no linears beside its final layer: {len(convolutions)}"
+                    f" convolutions get adapters, those with a side below r={config.r} do not"
+                )
                 config = dataclasses.replace(config, target_modules=convolutions)
                 self.config = dataclasses.replace(self.config, target_modules=convolutions)
         try:

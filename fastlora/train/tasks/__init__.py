@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
-from fastlora.train.refusal import Refusal, nearest
+from fastlora.train.refusal import check_known
+from fastlora.train.registry import members
 from fastlora.train.tasks.base import Task
 
 
 def tasks() -> dict[str, type[Task]]:
     """Return every task of this folder by name."""
-    found = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        if hasattr(module, "TASK"):
-            found[module.TASK.name] = module.TASK
-    return dict(sorted(found.items()))
+    return dict(sorted(members(__name__, __path__, "TASK").items()))
 
 
 def task(name: str) -> type[Task]:
@@ -26,7 +19,5 @@ def task(name: str) -> type[Task]:
         Refusal: there is none.
     """
     known = tasks()
-    if name not in known:
-        hint = nearest(name, known) or f"; known are {', '.join(known)}"
-        raise Refusal(f"task must be known, got {name!r}{hint}")
+    check_known("task", [name], known)
     return known[name]

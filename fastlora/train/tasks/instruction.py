@@ -48,7 +48,8 @@ class Instruction(LanguageTask):
         used = ", ".join(self.columns.values())
         template = "the model's" if self.tokenizer.chat_template else "plain headings"
         learnt = "answers only" if self.config.data.assistant_only else "every token"
-        return [f"the data is {self.form} ({used}); chat template: {template}; learnt: {learnt}"]
+        said = f"the data is {self.form} ({used}); chat template: {template}; learnt: {learnt}"
+        return [said, *super().notes()[1:]]
 
     def inputs_of(self, row: Row) -> Any:
         """Return the conversation up to its last answer."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fastlora.train.data.rows import BadRow, Row
-from fastlora.train.models import place_of
+from fastlora.train.models import Loaded, load_model, place_of
 from fastlora.train.refusal import Refusal
 from fastlora.train.tasks.base import Example, Task
 
@@ -39,6 +39,14 @@ class TextTask(Task):
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         limit = getattr(self.tokenizer, "model_max_length", 10**9)
         self.max_length = min(self.config.data.max_length, limit if limit > 0 else 10**9)
+
+    def notes(self) -> list[str]:
+        """Return the columns, and whether the model takes less than was asked for."""
+        asked = self.config.data.max_length
+        if self.max_length < asked:
+            lowered = f"max_length is {self.max_length}, the most that the model takes, not {asked}"
+            return [*super().notes(), lowered]
+        return super().notes()
 
     def text(self, row: Row, role: str) -> str:
         """Return a column's text.
@@ -71,6 +79,40 @@ class TextTask(Task):
     def save(self, directory: Path) -> None:
         """Write the tokenizer."""
         self.tokenizer.save_pretrained(directory)
+
+
+class PairTask(TextTask):
+    """A task with one label per text, or per pair of texts."""
+
+    required = ("text", "label")
+    targets = ("label",)
+    optional = ("text_pair",)
+    task_type = "SEQ_CLS"
+
+    def inputs_of(self, row: Row) -> Any:
+        """Return the text and its pair."""
+        return [row.values.get(self.columns.get(r, "")) for r in ("text", "text_pair")]
+
+    def tokens(self, row: Row) -> Example:
+        """Return the model's inputs for the text and its pair."""
+        pair = self.text(row, "text_pair") if "text_pair" in self.columns else None
+        return self.encode(self.text(row, "text"), pair)
+
+    def load_head(self, quantize: str | None, wide: bool, **head: Any) -> Loaded:
+        """Return the model with the final layer that `load_model` is asked for."""
+        return load_model(
+            self.config.model,
+            "AutoModelForSequenceClassification",
+            quantize=quantize,
+            wide=wide,
+            seed=self.config.seed,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **head,
+        )
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return padded tokens, and labels (M,)."""
+        return {**self.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}
 
 
 def pad_right(
