@@ -204,6 +204,9 @@ def large(op: contract.Op) -> contract.Op:
     return lambda *inputs: tuple(t for i, t in enumerate(op(*inputs)) if i < 3 or t.numel() >= 64)
 
 
+FACTORS = {"native": (contract.RMS_FACTOR, contract.MAX_FACTOR), "reference": (2.0, 3.0)}
+
+
 def hold_contract(name: str, format: str, backend: str, dense: Tensor, inputs: Any) -> None:
     """Assert that y, dx, dbias and the parameters' gradients are as near to float64 as torch's.
 
@@ -221,14 +224,15 @@ def hold_contract(name: str, format: str, backend: str, dense: Tensor, inputs: A
     for i, (mine, usual, exact) in enumerate(results):
         if i > 2 and name.startswith(("hada", "kron")):
             error, theirs = (contract.rms(t.double() - exact) for t in (mine, usual))
-            few = 16 * torch.finfo(mine.dtype).eps * contract.rms(exact)
+            roundings = 16 if mine.numel() >= 64 else 64  # the error of a handful is luck
+            few = roundings * torch.finfo(mine.dtype).eps * contract.rms(exact)
             assert error <= 1.25 * theirs + few, (
                 f"{label}[{i}]: {error:.3e}, {theirs:.3e}, {few:.3e}"
             )
             continue
-        # The definition rounds DoRA's sum once more before the magnitude's gradient is taken.
-        twice = (name, backend, i) == ("dora", "reference", 5)
-        contract.compare(f"{label}[{i}]", mine, usual, exact, 1.75 if twice else 1.25)
+        # The definition's sums are BLAS's, whose order depends on shapes and on the processor, and
+        # it rounds DoRA's sum once more before the magnitude's gradient is taken.
+        contract.compare(f"{label}[{i}]", mine, usual, exact, *FACTORS[backend])
 
 
 KINDS = [(dtype, format) for dtype in DTYPES for format in FORMATS] + [(torch.float16, "nf4")]

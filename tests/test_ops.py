@@ -93,7 +93,9 @@ def test_dropout_and_spans(dtype: torch.dtype, format: str, which: str, backend:
         spans = some_spans(shape[0], shape[3]) if which != "dropout" else None
         ours, plain = functions(case, backend, seed, spans)
         inputs = (case.x, case.bias, case.lora_A, case.lora_B, case.dy)
-        contract.check(f"{shape} {dtype} {format} {which}", ours, plain, inputs, reps=1)
+        most = 3.0 if shape[0] < 16 else contract.MAX_FACTOR  # the largest of few sums is luck
+        label = f"{shape} {dtype} {format} {which}"
+        contract.check(label, ours, plain, inputs, reps=1, max_factor=most)
 
 
 def test_gradcheck_with_dropout_and_spans() -> None:

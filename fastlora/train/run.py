@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # PEFT's
 
 
 def describe(run: Run) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from fastlora.train.models import Loaded
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies.base import Strategy
+from fastlora.train.strategies.old_names import speak_old_names
 
 _NOT_OURS = {
     "peft_type",
@@ -57,6 +58,7 @@ class PromptLearning(Strategy):
         except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             said = " ".join(str(error).split())
             raise Refusal(f"the model can't take method {self.name}: {said}") from error
+        speak_old_names(model)
         for name, parameter in model.named_parameters():
             if any(f".{head}." in f".{name}" for head in loaded.head):
                 parameter.requires_grad_("original_module" not in name)
