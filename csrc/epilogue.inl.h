@@ -42,7 +42,8 @@ inline void low_rank(const Epilogue& e, const int64_t row[ROWS], int64_t col, co
 // One tile of sums over one panel's depth: added to the partial sums, and on the last panel finished and stored.
 struct Step {
   bool first, last;
-  float* partial;  // (m, PANEL_COLUMNS), by position
+  float* partial;  // (rows of a block, stride), by position
+  int64_t stride, position;  // of the block's first row
 };
 
 template <class O>
@@ -63,7 +64,7 @@ inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilo
   col += c;
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) {
-      float* part = step.partial + (position + i) * PANEL_COLUMNS + col + v * VW;
+      float* part = step.partial + (position - step.position + i) * step.stride + col + v * VW;
       sums[i][v] = vload(tile + at + i * ld + v * VW);
       if (!step.first) sums[i][v] = sums[i][v] + vload(part);
       if (!step.last) vstore(part, sums[i][v]);

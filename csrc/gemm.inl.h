@@ -1,7 +1,8 @@
 // out (m, columns) = A (m, reduction) * panel + bias + drop(S U), one thread per panel of columns.
 //
 // Each element is summed in one fixed order by one thread, so results do not depend on the number of threads.
-// The weight is decoded once per panel; the panel, the packed rows of A and the partial sums stay in cache.
+// The weight is decoded once per panel, or, where a panel does not hold the whole reduction, once per panel and block
+// of rows; the panel, the packed rows of A and the partial sums stay in cache.
 #include "epilogue.inl.h"
 
 namespace fastlora {
@@ -59,6 +60,7 @@ struct Gemm {
 // Buffers of one thread for one panel.
 template <class Compute>
 struct Workspace {
+  int64_t block, stride;  // of the partial sums: rows, and columns from one row to the next
   Compute *panel, *rows;
   float *partial, *bias, *u, *factors;
   std::vector<Narrow> low_panels;  // per span
@@ -79,7 +81,9 @@ inline Workspace<Compute> workspace(const Gemm<T, O>& g, int64_t col, int64_t co
   constexpr int64_t weight_rows = 32 * CHUNK;
   const int64_t rows = S::ROWS * deepest > weight_rows ? S::ROWS * deepest : weight_rows;
   s.rows = static_cast<Compute*>(scratch(SCRATCH_ROWS, rows * sizeof(Compute)));
-  if (steps > 1) s.partial = static_cast<float*>(scratch(SCRATCH_PARTIAL, g.m * PANEL_COLUMNS * sizeof(float)));
+  s.block = steps > 1 ? min64(S::BLOCK, g.m) : g.m;
+  s.stride = round_up(cols, S::GROUP);
+  if (steps > 1) s.partial = static_cast<float*>(scratch(SCRATCH_PARTIAL, s.block * s.stride * sizeof(float)));
   const int64_t ranks = g.tiles ? 0 : g.lora.r;
   auto* low = static_cast<float*>(scratch(SCRATCH_LOW_RANK, (ranks + 1) * PANEL_COLUMNS * sizeof(float)));
   if (g.bias) {
@@ -171,9 +175,33 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
   }
 }
 
+// The rows at positions [first, first + block) over the whole reduction, panel by panel.
+template <class Compute, class T, class O>
+inline void row_steps(const Gemm<T, O>& g, const Workspace<Compute>& s, const Dropout& dropout, int64_t first,
+                      int64_t col, int64_t cols, float* factors) {
+  using S = Shape<Compute>;
+  const int64_t end = min64(first + s.block, g.m);
+  for (int i = 0; i < g.count; ++i) {
+    const int64_t reduction = g.reduction(i);
+    for (int64_t red = 0; red < reduction || red == 0; red += S::DEPTH) {
+      const int64_t depth = min64(S::DEPTH, reduction - red);
+      const Step step{i == 0 && red == 0, i + 1 == g.count && red + depth >= reduction, s.partial, s.stride, first};
+      if (g.backward)
+        pack_panel_backward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
+      else
+        pack_panel_forward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
+      if (g.factors && first == 0) g.factors->take(s.panel, s.rows, red, depth, step, col, cols, factors);
+      for (const Span& span : g.rows.spans) {
+        const int64_t last = min64(span.first + span.count, end);
+        for (int64_t at = span.first > first ? span.first : first; at < last; at += S::ROWS)
+          row_block<Compute>(g, s, g.parts[i], red, depth, step, span, dropout, at, min64(S::ROWS, last - at), col, cols);
+      }
+    }
+  }
+}
+
 template <class Compute, class T, class O>
 inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
-  using S = Shape<Compute>;
   Workspace<Compute> s = workspace<Compute>(g, col, cols);
 #if defined(__AMX_BF16__)
   if constexpr (is_bf16<Compute>)
@@ -184,22 +212,7 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
   const Dropout dropout(plain);
   alignas(64) float factors[PANEL_COLUMNS] = {};
   s.factors = g.factors ? factors : nullptr;
-  for (int i = 0; i < g.count; ++i) {
-    const int64_t reduction = g.reduction(i);
-    for (int64_t red = 0; red < reduction || red == 0; red += S::DEPTH) {
-      const int64_t depth = min64(S::DEPTH, reduction - red);
-      const Step step{i == 0 && red == 0, i + 1 == g.count && red + depth >= reduction, s.partial};
-      if (g.backward)
-        pack_panel_backward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
-      else
-        pack_panel_forward(*g.parts[i].w, col, cols, red, depth, g.rounding, s.rows, s.panel);
-      if (g.factors) g.factors->take(s.panel, s.rows, red, depth, step, col, cols, factors);
-      for (const Span& span : g.rows.spans)
-        for (int64_t i0 = 0; i0 < span.count; i0 += S::ROWS)
-          row_block<Compute>(g, s, g.parts[i], red, depth, step, span, dropout, span.first + i0,
-                             min64(S::ROWS, span.count - i0), col, cols);
-    }
-  }
+  for (int64_t first = 0; first < g.m; first += s.block) row_steps(g, s, dropout, first, col, cols, factors);
 }
 
 template <class T, class O>

@@ -76,6 +76,7 @@ struct MagnitudeFactors : Factors {
     const Dropout off(none);
     const Span& all = dots.rows.spans[0];
     Step own = step;
+    own.position = 0, own.stride = PANEL_COLUMNS;
     own.partial = static_cast<float*>(scratch(SCRATCH_DOTS, (dots.m + 1) * PANEL_COLUMNS * sizeof(float)));
     for (int64_t i = 0; i < dots.m; i += Shape<Compute>::ROWS)
       row_block<Compute>(dots, s, dots.parts[0], red, depth, own, all, off, i, min64(Shape<Compute>::ROWS, dots.m - i), col,

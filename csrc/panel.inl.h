@@ -28,12 +28,14 @@ struct Shape<float> {
   static constexpr int GROUP = 2 * VW;     // columns of one micro-kernel call
   static constexpr int64_t DEPTH = 512;    // reduction of one panel
   static constexpr int ROWS = VW == 16 ? 48 : 24;  // rows of A packed at a time
+  static constexpr int64_t BLOCK = 10 * 48;        // rows whose partial sums are kept, for which a panel is decoded
 };
 template <>
 struct Shape<bf16> {
   static constexpr int GROUP = 32;
   static constexpr int64_t DEPTH = 2048;
   static constexpr int ROWS = 32;
+  static constexpr int64_t BLOCK = 1024;
 };
 constexpr int64_t PANEL_COLUMNS = 256;
 

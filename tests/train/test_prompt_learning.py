@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning reach the model in training and in generation, whatever it calls them."""
+"""Prefix and prompt tuning reach the model, in training and in generation."""
 
 from __future__ import annotations
 
