@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from fastlora_kernels import native, native_group
+from fastlora_kernels import fp8, native, native_group
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.native_columns import (
@@ -43,6 +43,8 @@ def why_not(problem: Problem) -> str | None:
     Raises:
         ImportError: the problem is one for the library, but it is missing or does not fit.
     """
+    if problem.compute == "fp8":
+        return fp8.why_not_device(torch.device("cpu"))
     if problem.device != "cpu":
         return f"runs on cpu only, not on {problem.device}"
     if problem.op == "dequantize":
