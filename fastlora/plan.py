@@ -287,9 +287,9 @@ def _check_backend(
     """Raise unless a backend takes a training batch of this linear, on the device where it is."""
     n, k, device = module.out_features, module.in_features, module.weight.device
     adapter = torch.promote_types(dtype, torch.float32) if r else None
-    sizes = (512, n, k, r, adapter, compute)
+    problem = Problem("lora_linear", device.type, dtype, *kind, 512, n, k, r, adapter, compute)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        pick(Problem("lora_linear", device.type, dtype, *kind, *sizes), backend)
+        pick(problem, backend)
 
 
 def _check_tensors(name: str, module: nn.Linear) -> None:

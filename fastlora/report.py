@@ -39,9 +39,7 @@ class Report(dict[str, Any]):
             f" {totals['bytes_after'] / 2**20:,.1f} MiB now"
         )
         if totals["fp8_error"] is not None:
-            lines.append(
-                f"fp8 compute: relative error {totals['fp8_error']:.2%} in the worst layer"
-            )
+            lines.append(f"fp8 compute: relative error at most {totals['fp8_error']:.2%}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -52,7 +50,7 @@ def report(model: nn.Module) -> Report:
         A `Report`: `modules`, a list of dicts with the keys module, method, r, scaling, format,
         backend (the one that runs a training batch of 512 tokens), shape (N, K), bytes, fp8_error
         and notes; `skipped`, name -> reason; `totals`, with trainable_params, all_params (4-bit
-        weights counted by value, not by byte), bytes_before, bytes_after and fp8_error, the largest.
+        weights counted by value, not by byte), bytes_before, bytes_after and the largest fp8_error.
 
         An fp8_error, None without fp8 compute, is measured: the root mean square of the difference
         that 8 bits make to a layer's product with 8 normal random tokens, relative to the product.

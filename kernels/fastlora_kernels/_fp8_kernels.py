@@ -3,10 +3,11 @@
 
 The definition, with the scales, is `fastlora_kernels.fp8`; values are equal to its bits.
 
-- `fp8_quantize_fwd_kernel`: x (M, K) any float and strides -> q uint8 (M, K), the bits of e4m3, and s
-  float32 (M,). Traffic: 2 bytes per value read from memory and again from the cache, 1 written.
-- `fp8_dequantize_fwd_kernel`: a packed weight -> p uint8 (N, K), or (K, N) with TRANSPOSE, the bits of
-  e4m3, and t float32, one equal entry per row of p. Traffic: 0.5 + 4 / blocksize bytes per value
+- `fp8_quantize_fwd_kernel`: x (M, K), any float and strides -> q uint8 (M, K), the bits of e4m3,
+  and s float32 (M,). Traffic: 2 bytes per value read from memory and again from the cache, 1
+  written.
+- `fp8_dequantize_fwd_kernel`: a packed weight -> p uint8 (N, K), or (K, N) with TRANSPOSE, the bits
+  of e4m3, and t float32, one equal entry per row of p. Traffic: 0.5 + 4 / blocksize bytes per value
   read (0.5 + 1 / blocksize when double-quantised), 1 written.
 
 On NVIDIA a weight is decoded by byte permutes: the sixteen products of a block are rounded once to

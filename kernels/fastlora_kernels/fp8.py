@@ -60,11 +60,12 @@ def weight_peak(weight: StoredWeight) -> Tensor:
     """
     peaks = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
     assert peaks is not None
-    return torch.linalg.vector_norm(peaks, torch.inf)
+    largest: Tensor = torch.linalg.vector_norm(peaks, torch.inf)
+    return largest
 
 
 def weight_scale(weight: StoredWeight) -> Tensor:
-    """Return t of a 4-bit weight: one float32, a power of two; NaN where a magnitude is infinite."""
+    """Return t of a 4-bit weight: one float32, a power of two; NaN if a magnitude is infinite."""
     peak, offset = weight_peak(weight), weight.nested_offset
     if offset is not None:
         peak = peak + offset.abs().reshape(())

@@ -1,9 +1,9 @@
 """The base product with 8-bit operands on Triton: its launchers.
 
-``y = (s q) (t p)^T`` and ``dx = (s q) (t p)``, with q and s from the rows of x or dy and p and t from
-the packed weight, as `fastlora_kernels.fp8` defines them; the vendor's matmul multiplies. Its second
-operand has to be contiguous along the sum, so that p is written as W (N, K) forward and as its
-transpose (K, N) backward: one scale for the whole weight makes them the same values.
+``y = (s q) (t p)^T`` and ``dx = (s q) (t p)``, with q and s from the rows of x or dy and p and t
+from the packed weight, as `fastlora_kernels.fp8` defines them; the vendor's matmul multiplies. Its
+second operand has to be contiguous along the sum, so that p is written as W (N, K) forward and as
+its transpose (K, N) backward: one scale for the whole weight makes them the same values.
 
 Traffic, beside the product's: 0.5 + 1 / blocksize bytes per weight read and 1 written, 3 bytes per
 activation.
@@ -25,8 +25,8 @@ from fastlora_kernels._launch import OPTIONS, on_device, scratch, stored_argumen
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.regimes import decoder
 
-# By transposed. 64 values per thread, and at least 128 bytes in a row of the result: on sm_90 5.5 and
-# 9.3 machine instructions per value, where memory allows about ten. Not measured on a GPU yet.
+# By transposed. 64 values per thread, and at least 128 bytes in a row of the result: on sm_90 5.5
+# and 9.3 machine instructions per value. Not measured on a GPU yet.
 TILES = {
     False: {"ROWS": 32, "COLS": 256, "num_warps": 4},
     True: {"ROWS": 128, "COLS": 128, "num_warps": 8},
