@@ -43,10 +43,10 @@ def why_not(problem: Problem) -> str | None:
     Raises:
         ImportError: the problem is one for the library, but it is missing or does not fit.
     """
-    if problem.compute == "fp8":
-        return fp8.why_not_device(torch.device("cpu"))
     if problem.device != "cpu":
         return f"runs on cpu only, not on {problem.device}"
+    if problem.compute == "fp8":
+        return fp8.why_not_device(torch.device("cpu"))
     if problem.op == "dequantize":
         if problem.dtype not in native.DTYPES:
             return f"decodes to float32, bfloat16 and float16 only, not to {problem.dtype}"

@@ -26,6 +26,7 @@ CAPABILITY = (8, 9)  # the first with 8-bit floating matrix units
 ROUND_UP = 0x1FFFFF  # carries a float32 above 1.75 * 2**e into the next exponent: 448 = 1.75 * 2**8
 EXPONENT = 0x7F800000
 TINY = 2.0**-100
+SEED = 448  # of the tokens with which an error is measured; 0 may be that of the weight
 _UNITS = (
     "fp8 compute needs a GPU with 8-bit floating matrix units (compute capability 8.9 or newer)"
 )
@@ -34,7 +35,7 @@ _UNITS = (
 def power_of_two(peak: Tensor) -> Tensor:
     """Return the least power of two s with ``peak / s <= 448``, float32; peak at least 2**-100."""
     bits = peak.float().clamp_min(TINY).view(torch.int32)
-    return ((bits + ROUND_UP) & EXPONENT).view(torch.float32) * 2.0**-8
+    return (((bits + ROUND_UP) & EXPONENT) - (8 << 23)).view(torch.float32)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def relative_error(weight: StoredWeight, n: int, k: int, dtype: torch.dtype, row
             same.
         rows: how many.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(rows, k, generator=generator).to(dtype).to(weight.data.device).float()
     exact = x @ dequantize(weight, n, k, torch.float32).t()
     difference = product(x, weight, n, k, transposed=False) - exact
