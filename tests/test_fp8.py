@@ -48,10 +48,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fp8._why_not_gpu.cache_clear()
 
 
-def model_16() -> nn.Module:
+def model_16() -> Plain:
     """Return a bfloat16 model with fixed weights, whose linears' sides are multiples of 16."""
     torch.manual_seed(0)
-    return Plain(classes=16).to(BF16).eval()
+    model = Plain(classes=16).to(BF16)
+    return model.eval()
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def test_output_and_gradients_are_near_the_exact_ones(config: Any) -> None:
         torch.manual_seed(1)
         model = patch_model(model_16(), config, quantize="nf4", backend="reference", **how)
         leaf = x.clone().requires_grad_()
-        y = model.eval()(leaf)
+        y = model(leaf)
         y.square().sum().backward()
         assert leaf.grad is not None
         return [y.detach().float(), leaf.grad.float()]
@@ -189,7 +190,8 @@ def test_the_layer_keeps_it_and_gives_it_up() -> None:
     model = patch_model(model_16(), LORA, **FP8)
     layer: Any = model.get_submodule("blocks.0.up")
     assert "compute=fp8" in repr(layer)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    others: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in others:
         assert other.get_submodule("blocks.0.up").stored_weight().compute == "fp8"
     exact = patch_model(model_16(), LORA, quantize="nf4", backend="reference")
     assert list(model.state_dict()) == list(exact.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def same_bits(ours: Tensor, wanted: Tensor) -> bool:
 
 
 def on_cpu(weight: StoredWeight) -> StoredWeight:
-    parts = (None if part is None else part.cpu() for part in weight[:4])
-    return StoredWeight(*parts, *weight[4:])  # type: ignore[arg-type]
+    parts: list[Any] = [part.cpu() if isinstance(part, Tensor) else part for part in weight]
+    return StoredWeight(*parts)
 
 
 def check_rows(x: Tensor, device: str) -> None:
@@ -83,11 +84,12 @@ def test_rows(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
 
 
 def test_rows_of_every_bfloat16(device: str) -> None:
-    """Every finite pattern, 64 of one exponent a row: steps, ties, and what vanishes in a row."""
+    """Every finite pattern: steps, ties, and what vanishes in a row."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(BF16).float()
-    check_rows(values[values.isfinite()].to(BF16).view(-1, 64), device)
-    check_rows(values[values.isfinite()].to(BF16)[: 510 * 128].view(128, -1).t(), device)
+    finite = values[values.isfinite()].to(BF16)
+    check_rows(finite.view(-1, 2040), device)
+    check_rows(finite.view(2040, -1).t(), device)
 
 
 def test_special_rows(device: str) -> None:
@@ -173,26 +175,26 @@ def eight(setup: Setup) -> Setup:
     return setup
 
 
-@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, FP32), (FP16, FP16)])
-@pytest.mark.parametrize("shape", [(MANY + 1, 64, 128, 16), (MANY, 48, 80, 40)])
+@pytest.mark.parametrize(
+    ("shape", "pair"),
+    [((MANY + 1, 32, 64, 4), (BF16, FP32)), ((MANY, 48, 80, 33), (FP16, FP16))],
+)
 def test_both_directions(
     shape: tuple[int, int, int, int], pair: tuple[torch.dtype, torch.dtype], device: str
 ) -> None:
     """y and dx are those of the definition but for roundings to 16 bits; dA and dB are exact."""
-    spans = [(0, 16)] * shape[0]
+    spans = [(0, 3)] * shape[0]
     setup = eight(Setup(*shape, *pair, device=device, dropout=0.3, spans=spans))
     ours, wanted = both(lora_linear, setup)(*setup.inputs), both(reference, setup)(*setup.inputs)
     for mine, theirs in zip(ours[:2], wanted[:2], strict=True):
         error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
         assert mine.dtype == pair[0] and error < 2.0**-8
-    exact = both(lora_linear, Setup_auto(setup))(*setup.inputs)
+    exact = both(lora_linear, exactly(setup))(*setup.inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours[2:], exact[2:], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(ours[:2], exact[:2], strict=True))
-    again = both(lora_linear, setup)(*setup.inputs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-def Setup_auto(setup: Setup) -> Setup:
+def exactly(setup: Setup) -> Setup:
     """Return the same operands, to be multiplied in 16 bits."""
     other = object.__new__(Setup)
     vars(other).update(vars(setup), weight=setup.weight._replace(compute="auto"))
@@ -202,7 +204,7 @@ def Setup_auto(setup: Setup) -> Setup:
 @pytest.mark.parametrize("m", [1, 16, 100])
 def test_few_tokens_are_exact(m: int, device: str) -> None:
     setup = eight(Setup(m, 64, 128, 4, device=device))
-    ours, exact = (both(lora_linear, s)(*setup.inputs) for s in (setup, Setup_auto(setup)))
+    ours, exact = (both(lora_linear, s)(*setup.inputs) for s in (setup, exactly(setup)))
     assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
 
 
