@@ -130,12 +130,9 @@ def _add_adapters(
 ) -> None:
     """Add adapters to a model whose weights were only quantised."""
     plan = make_plan(model, config, None, backend)
-    compute = before.compute if compute == "auto" else compute
-    check_packed(model, backend, compute)
-    record = apply_plan(model, plan, config, before.quant, backend, seed, compute)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.compute = compute
+    if compute != "auto":
+        set_compute(model, before, backend, compute)
+    record = apply_plan(model, plan, config, before.quant, backend, seed, before.compute)
     plan.quant = before.plan.quant
     for name, spec in before.plan.specs.items():
         plan.specs.setdefault(name, spec)
@@ -143,6 +140,19 @@ def _add_adapters(
     record.nbytes, record.trained = before.nbytes, before.trained
     record.attributes = [*before.attributes, *record.attributes]
     record.forget = before.forget
+
+
+def set_compute(model: nn.Module, record: Record, backend: str, compute: str) -> None:
+    """Let every 4-bit weight of a model be multiplied in this way.
+
+    Raises:
+        NotImplementedError: no backend does; the message gives each one's reason.
+    """
+    check_packed(model, backend, compute)
+    record.compute = compute
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.compute = compute
 
 
 def check_arguments(

@@ -7,6 +7,7 @@ import functools
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,6 +223,19 @@ def test_adapters_on_a_quantized_model(later: bool) -> None:
     patch_model(model, LORA, backend="reference", **extra)
     assert {layer.compute for layer in layers} == {"fp8"}
     assert report(model)["totals"]["fp8_error"] > 0.03
+
+
+@pytest.mark.parametrize("config", [None, LoraConfig(r=4, target_modules=["up_proj"])])
+def test_from_a_checkpoint(config: Any, tmp_path: Path) -> None:
+    from tests import offline
+
+    offline.llama(BF16).save_pretrained(tmp_path)
+    model = fastlora.from_pretrained(tmp_path, config, backend="reference", compute="fp8")
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert layers and {layer.compute for layer in layers} == {"fp8"}
+    assert report(model)["totals"]["fp8_error"] > 0.03
+    with pytest.raises(NotImplementedError, match=NEEDS):
+        fastlora.from_pretrained(tmp_path, config, compute="fp8")
 
 
 def test_functions() -> None:

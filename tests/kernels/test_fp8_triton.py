@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastlora_kernels import fp8, lora_linear, regimes
 from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
 from torch import Tensor
 
+import fastlora
 from fastlora.backends import reference
 from tests import contract
 from tests.kernels.linear_setup import BF16, FP16, FP32, Setup, both
@@ -219,6 +221,30 @@ def test_without_adapter_and_bias(device: str) -> None:
     wanted, *_ = reference.lora_linear_backward(setup.dy, *args)
     assert (dx.float() - wanted.float()).norm() < 2.0**-8 * wanted.float().norm()
     assert dA.numel() == dB.numel() == 0
+
+
+def test_a_patched_model_takes_this_way(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `patch_model` to the kernels and back, and the report."""
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = torch.nn.Sequential(torch.nn.Linear(64, 32)).to(BF16).to(device)
+    x = torch.randn(2, MANY // 2, 64).to(BF16).to(device)
+    found = []
+    for kind in ("triton", "reference"):
+        model = copy.deepcopy(before)
+        config = fastlora.LoraConfig(r=2, target_modules=["0"])
+        fastlora.patch_model(model, config, quantize="nf4", backend=kind, compute="fp8")
+        row = fastlora.report(model)["modules"][0]
+        assert row["backend"] == kind and 0.03 < row["fp8_error"] < 0.045
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.float().square().sum().backward()
+        assert leaf.grad is not None
+        found.append((y.detach().float(), leaf.grad.float()))
+    for ours, wanted in zip(*found, strict=True):
+        assert (
+            ours - wanted
+        ).norm() < 0.01 * wanted.norm()  # dy of the other is a little different
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
