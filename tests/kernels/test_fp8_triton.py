@@ -271,6 +271,8 @@ def test_measured_error(quant_type: str) -> None:
     error = fp8.relative_error(weight, 256, 512, BF16, 8)
     assert 0.030 < error < 0.045
     assert error == fp8.relative_error(weight, 256, 512, BF16, 8)
+    large = quantized(torch.randn(1100, 48), quant_type, 4096, True, "cpu")
+    assert 0.030 < fp8.relative_error(large, 1100, 48, BF16, 8) < 0.045
     rows = torch.randn(64, 512)
     q, s = fp8.quantize_rows(rows)
     assert 0.02 < float((q.float() * s - rows).norm() / rows.norm()) < 0.03
