@@ -143,6 +143,27 @@ def test_unaligned_and_zero_weights(decoder: str, device: str) -> None:
     check_weight(quantized(torch.zeros(32, 64), "nf4", 64, False, device), 32, 64)
 
 
+class _Recorder:
+    """Takes the kernel's place and keeps the constants of its launch."""
+
+    def __getitem__(self, grid: object) -> _Recorder:
+        return self
+
+    def __call__(self, *args: object, **constants: object) -> None:
+        self.constants = constants
+
+
+def test_words_are_read_only_where_they_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = _Recorder()
+    monkeypatch.setattr(fp8_linear, "fp8_dequantize_fwd_kernel", recorder)
+    weight = quantized(torch.randn(32, 64), "nf4", 64, True, "cpu")
+    moved = torch.cat([weight.data.flatten()[:1], weight.data.flatten()])[1:].view(32, 32)
+    with regimes.assume("sm_90"):
+        for data, how in ((weight.data, "prmt"), (moved, "gather")):
+            with fp8_linear.quantized_weight(weight._replace(data=data), 32, 64, True):
+                assert recorder.constants["DECODE"] == how
+
+
 def test_weight_that_is_not_finite(device: str) -> None:
     weight = quantized(torch.randn(32, 64), "nf4", 64, False, device)
     assert weight.absmax is not None
