@@ -32,6 +32,7 @@ TILES = {
     True: {"ROWS": 128, "COLS": 128, "num_warps": 8},
 }
 ROW = {"BLOCK_K": 2048, "num_warps": 8}
+PAD = 256  # memory of row scales ends at a multiple: torch may read on (pytorch/pytorch#133334)
 
 
 def product(x: Tensor, weight: StoredWeight, n: int, k: int, transposed: bool) -> Tensor:
@@ -62,7 +63,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `fp8.quantize_rows` does: q (M, K) float8_e4m3fn and s (M, 1) float32."""
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.uint8, device=x.device)
-    s = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    s = torch.empty(-(-m // PAD) * PAD, 1, dtype=torch.float32, device=x.device)[:m]
     with on_device(x):
         fp8_quantize_fwd_kernel[(m,)](x, q, s, k, x.stride(0), x.stride(1), **ROW, **OPTIONS)
     return q.view(fp8.E4M3), s
