@@ -29,7 +29,7 @@ class Case(NamedTuple):
     """One comparison.
 
     Attributes:
-        what: "lora", "loha", "lokr", "dora" or "adapters".
+        what: "lora", "fp8", "loha", "lokr", "dora" or "adapters".
         n: outputs.
         k: inputs.
         m: tokens.
@@ -48,6 +48,11 @@ def all_cases() -> list[Case]:
     big, gate = (28672, 8192), (14336, 4096)
     first = [Case("lora", *shape, m, "forward") for m in FEW for shape in (big, gate)]
     second = [Case("lora", *gate, m, "forward+backward") for m in (4096, 1024)]
+    eight = [
+        Case("fp8", *gate, m, step)
+        for step in ("forward", "forward+backward")
+        for m in (4096, 1024)
+    ]
     methods = [
         Case(what, *gate, m, "forward+backward")
         for what in ("loha", "lokr", "dora", "adapters")
@@ -56,14 +61,14 @@ def all_cases() -> list[Case]:
     every = [shape for shapes in SHAPES.values() for shape in shapes]
     third = [Case("lora", *shape, m, "forward") for m in (*FEW, *MANY) for shape in every]
     fourth = [Case("lora", *shape, m, "forward+backward") for m in MANY for shape in every]
-    return list(dict.fromkeys([*first, *second, *methods, *third, *fourth]))
+    return list(dict.fromkeys([*first, *second, *eight, *methods, *third, *fourth]))
 
 
 def roofline_ms(case: Case, device: str) -> float | None:
     """Return the least time that a case could take on a GPU that the model knows, or None.
 
     Bytes: the packed weight once per product, x and y. Flops: one product forward, two with the
-    backward; the adapter's are few.
+    backward, twice as many a second in 8 bits; the adapter's are few.
     """
     from fastlora_kernels import regimes
 
@@ -73,12 +78,13 @@ def roofline_ms(case: Case, device: str) -> float | None:
     products = 1 if case.step == "forward" else 2
     nbytes = case.n * case.k * regimes.PACKED + 2 * case.m * (case.n + case.k)
     flops = 2 * case.m * case.n * case.k
-    return products * 1e3 * max(nbytes / (chip.tbytes * 1e12), flops / (chip.tflops * 1e12))
+    rate = chip.tflops * 1e12 * (2 if case.what == "fp8" else 1)
+    return products * 1e3 * max(nbytes / (chip.tbytes * 1e12), flops / rate)
 
 
 def build(case: Case, device: str) -> tuple[dict[str, Run], list[str]]:
     """Return the calls by name, "fastlora" among them, and the peers that are not installed."""
-    make = {"lora": _lora, "adapters": _adapters}.get(case.what, _method)
+    make = {"lora": _lora, "fp8": _fp8, "adapters": _adapters}.get(case.what, _method)
     return make(case, device)
 
 
@@ -133,6 +139,47 @@ def _lora(case: Case, device: str) -> tuple[dict[str, Run], list[str]]:
     except ImportError as error:
         left_out.append(f"peft + bitsandbytes: {error}")
     return runs, left_out
+
+
+def _fp8_layers(case: Case, device: str) -> tuple[dict[str, Layer], Tensor]:
+    """Return the linear on an NF4 weight in 8 and in 16 bits and on a resident weight, and x."""
+    n, k = case.n, case.k
+    weight = _random(n, k, device=device, scale=k**-0.5)
+    packed, x = fastlora.quantize_4bit(weight), _random(case.m, k, device=device)
+    a, b = _trained([_random(R, k, device=device, scale=k**-0.5), _random(n, R, device=device)])
+    backend = "reference" if device == "cpu" else "auto"  # where it can only be emulated
+
+    def ours(compute: str, x: Tensor) -> Tensor:
+        how = {"backend": backend, "compute": compute}
+        return fastlora.lora_linear(x, packed, None, a, b, SCALING, **how)  # type: ignore[arg-type]
+
+    layers = {
+        "fastlora": Layer(partial(ours, "fp8"), [a, b]),
+        "fastlora in 16 bits": Layer(partial(ours, "auto"), [a, b]),
+        "resident bf16": Layer(lambda x: functional.linear(x, weight), []),
+    }
+    return layers, x
+
+
+def _fp8(case: Case, device: str) -> tuple[dict[str, Run], list[str]]:
+    """The fused NF4 linear with LoRA, its base product in 8 bits, against 16 bits."""
+    layers, x = _fp8_layers(case, device)
+    dy, train = _random(case.m, case.n, device=device), case.step != "forward"
+    x.requires_grad_(train)
+    return {name: _timed(layer, x, dy, train) for name, layer in layers.items()}, []
+
+
+def fp8_error(case: Case, device: str) -> float | None:
+    """Return the relative rms difference of y and of dx, the larger, that 8 bits make; or None."""
+    if case.what != "fp8":
+        return None
+    layers, x = _fp8_layers(case, device)
+    dy, found = _random(case.m, case.n, device=device).float(), []
+    for name in ("fastlora", "fastlora in 16 bits"):
+        leaf = x.detach().requires_grad_()
+        y = layers[name].run(leaf)
+        found.append((y.detach().float(), torch.autograd.grad(y, leaf, dy.to(y.dtype))[0].float()))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
 
 
 def _graph(run: Run) -> Run:

@@ -2,7 +2,8 @@
 
 A backend is one module in `fastlora/backends/`. It has `PRIORITY` (higher is asked first),
 `why_not(problem) -> str | None` (None: it takes the problem), and one function per op it runs.
-`AUTO_DEVICES` is optional: the device types on which `backend="auto"` may choose it (default: all).
+`AUTO_DEVICES` and `AUTO_COMPUTES` are optional: the device types on which, and the values of
+`compute` for which, `backend="auto"` may choose it (default: all).
 A name given in place of "auto" asks that backend alone.
 """
 
@@ -18,6 +19,9 @@ import torch
 
 from fastlora import backends
 
+COMPUTES = ("auto", "fp8")
+"""How a base product is computed: in the dtype of the activations, or with operands in 8 bits."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -32,6 +36,7 @@ class Problem:
         m: rows of x (tokens).   n: out_features.   k: in_features.
         r: adapter rank, 0 without an adapter.
         adapter_dtype: dtype of lora_A and lora_B; None without an adapter.
+        compute: "auto", or "fp8" for a base product with operands in 8 bits.
     """
 
     op: str
@@ -44,6 +49,7 @@ class Problem:
     k: int
     r: int
     adapter_dtype: torch.dtype | None
+    compute: str = "auto"
 
 
 @cache
@@ -76,6 +82,8 @@ def _refusal(module: ModuleType, problem: Problem, auto: bool) -> str | None:
         return f"does not implement {problem.op}"
     if auto and problem.device not in getattr(module, "AUTO_DEVICES", (problem.device,)):
         return f'runs on {problem.device} only when asked for by name, not with backend="auto"'
+    if auto and problem.compute not in getattr(module, "AUTO_COMPUTES", (problem.compute,)):
+        return f"emulates {problem.compute} compute only when asked for by name"
     reason: str | None = module.why_not(problem)
     return reason
 
@@ -103,6 +111,16 @@ def check_backend(backend: str) -> None:
     if backend != "auto" and backend not in backend_names():
         known = ["auto", *backend_names()]
         raise ValueError(f"backend must be one of {known}, got {backend!r}")
+
+
+def check_compute(compute: str) -> None:
+    """Raise unless `compute` is a way to compute the base product.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if compute not in COMPUTES:
+        raise ValueError(f"compute must be one of {list(COMPUTES)}, got {compute!r}; pass one")
 
 
 def pick(problem: Problem, backend: str = "auto") -> ModuleType:
@@ -142,7 +160,8 @@ def choose(
     r: int,
     adapter_dtype: torch.dtype | None,
     backend: str,
+    compute: str = "auto",
 ) -> ModuleType:
     """Return `pick(Problem(...), backend)`, remembered: a hit costs well under a microsecond."""
-    problem = Problem(op, device, dtype, format, blocksize, m, n, k, r, adapter_dtype)
+    problem = Problem(op, device, dtype, format, blocksize, m, n, k, r, adapter_dtype, compute)
     return pick(problem, backend)

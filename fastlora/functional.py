@@ -35,6 +35,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> Tensor:
     """Return ``x W^T + bias + scaling (drop(x) A^T) B^T``.
 
@@ -49,6 +50,7 @@ def lora_linear(
             recomputed from the seed, never stored.
         seed: one int64 on x's device; None: a new one from torch's generator, if dropout is not 0.
         backend: "auto", or the name of one backend.
+        compute: "auto", or "fp8" with a 4-bit weight; see `patch_model`.
 
     Returns:
         (..., N) in x's dtype, contiguous. Gradients reach x, bias, lora_A and lora_B, once.
@@ -60,7 +62,7 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314.
     """
-    stored, _ = as_stored(weight)
+    stored, _ = as_stored(weight, compute)
     update = low_rank(lora_A, lora_B, float(scaling), 0.0, None, None)
     return ops.linear(x, stored, bias, with_dropout(update, x, dropout, seed), backend)
 
@@ -76,6 +78,7 @@ def dora_linear(
     *,
     norms: Tensor | None = None,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> Tensor:
     """Return ``g (x W^T + scaling (x A^T) B^T) + bias``, ``g = magnitude / ||W + scaling B A||``.
 
@@ -93,6 +96,7 @@ def dora_linear(
         norms: (N,), the row norms of ``W + scaling B A`` where they are known, as in inference;
             None: they are computed.
         backend: "auto", or the name of one backend.
+        compute: "auto", or "fp8" with a 4-bit weight; see `patch_model`.
 
     Returns:
         (..., N) in x's dtype. Gradients reach x, bias, lora_A, lora_B and magnitude, once.
@@ -104,7 +108,7 @@ def dora_linear(
 
     Source: DoRA, Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11.
     """
-    stored, (n, k) = as_stored(weight)
+    stored, (n, k) = as_stored(weight, compute)
     dtype = activation_dtype(x)
     update = low_rank(lora_A, lora_B, float(scaling), 0.0, None, None)
     if update is None:
@@ -133,6 +137,7 @@ def multi_lora_linear(
     adapter_ids: Tensor,
     *,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> Tensor:
     """Return ``x W^T + bias + scaling_i (x A_i^T) B_i^T``, the adapter i being that of each row.
 
@@ -150,6 +155,7 @@ def multi_lora_linear(
         adapter_ids: int32 or int64 on x's device: the first dimensions of x, such as (B,) or (B, T)
             for x (B, T, K); the adapter of each row, -1 for none.
         backend: "auto", or the name of one backend.
+        compute: "auto", or "fp8" with a 4-bit weight; see `patch_model`.
 
     Returns:
         (..., N) in x's dtype, contiguous. Gradients reach x, bias and every adapter, once.
@@ -162,7 +168,7 @@ def multi_lora_linear(
 
     Source: Punica, Chen et al. 2023, arXiv:2310.18547; S-LoRA, Sheng et al. 2023, arXiv:2311.03285.
     """
-    stored, (n, k) = as_stored(weight)
+    stored, (n, k) = as_stored(weight, compute)
     if not len(lora_A) == len(lora_B) == len(scaling) or not lora_A:
         raise ValueError(
             "lora_A, lora_B and scaling must have one entry per adapter, at least one, got"

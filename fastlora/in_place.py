@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
+from fastlora_kernels.formats import StoredWeight
 from torch import Tensor, nn
 
 from fastlora.adapters import Cache
@@ -34,6 +35,7 @@ class State:
 
     backend: str
     cache: Cache
+    compute: str = "auto"
 
 
 class Swap(NamedTuple):
@@ -53,6 +55,7 @@ class InPlace:
         notes: what the report says of a layer, by name.
         backend: "auto" or the name of a backend.
         nbytes: bytes of the model's tensors before.
+        compute: how products with 4-bit weights are computed.
     """
 
     names: list[str]
@@ -60,6 +63,7 @@ class InPlace:
     notes: dict[str, str]
     backend: str
     nbytes: int
+    compute: str = "auto"
 
 
 class Accelerated(nn.Module):
@@ -84,6 +88,10 @@ class Accelerated(nn.Module):
         """Return how many values a packed weight of this layer holds beyond its bytes."""
         return 0
 
+    def packed(self) -> StoredWeight | None:
+        """Return the 4-bit weight that this layer multiplies with; None where it is dense."""
+        return None
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode, as every module does, and forget what was remembered."""
         self.fastlora_state.cache.drop()
@@ -94,7 +102,7 @@ class Accelerated(nn.Module):
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
 
-def plan(model: nn.Module, backend: str) -> tuple[dict[str, Swap], dict[str, str]]:
+def plan(model: nn.Module, backend: str, compute: str) -> tuple[dict[str, Swap], dict[str, str]]:
     """Return the layers that can be accelerated, and the reason for each one that cannot.
 
     Raises:
@@ -107,7 +115,7 @@ def plan(model: nn.Module, backend: str) -> tuple[dict[str, Swap], dict[str, str
         library = type(module).__module__.partition(".")[0]
         if library not in PLUGINS:
             continue
-        found = importlib.import_module(PLUGINS[library]).plan(name, module, backend)
+        found = importlib.import_module(PLUGINS[library]).plan(name, module, backend, compute)
         if isinstance(found, Swap):
             swaps[name] = found
         elif found is not None:
@@ -139,14 +147,15 @@ def one_device(name: str, tensors: list[Tensor]) -> torch.device:
     return devices.pop()
 
 
-def accelerate(model: nn.Module, backend: str, nbytes: int) -> InPlace:
+def accelerate(model: nn.Module, backend: str, nbytes: int, compute: str = "auto") -> InPlace:
     """Swap the classes of all layers that can be accelerated; all or none.
 
     Raises:
+        NotImplementedError: `compute` is "fp8", and no backend multiplies a 4-bit weight so.
         ValueError: there is none, or a layer's tensors are on several devices.
         ImportError: a library's version is not supported.
     """
-    swaps, skipped = plan(model, backend)
+    swaps, skipped = plan(model, backend, compute)
     if not swaps:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
         raise ValueError(
@@ -157,13 +166,13 @@ def accelerate(model: nn.Module, backend: str, nbytes: int) -> InPlace:
         )
     for name, swap in swaps.items():
         module = cast(Any, model.get_submodule(name) if name else model)
-        setattr(module, STATE, State(backend, Cache()))
+        setattr(module, STATE, State(backend, Cache(), compute))
         module.__class__ = swap.cls
         prepare = getattr(module, "prepare", None)
         if prepare is not None:
             prepare()
     notes = {name: swap.notes for name, swap in swaps.items() if swap.notes}
-    return InPlace(list(swaps), skipped, notes, backend, nbytes)
+    return InPlace(list(swaps), skipped, notes, backend, nbytes, compute)
 
 
 def restore(model: nn.Module) -> None:

@@ -128,9 +128,13 @@ class QuantizedLinear(AdapterLinear):
     `weight` is the packed bytes, a frozen uint8 parameter. The magnitudes are kept as raw bytes,
     uint8 buffers too, so that no change of the model's dtype alters them. The state dict holds
     the tensors that bitsandbytes writes: `weight`, `weight.absmax`, `weight.quant_map` and so on.
+
+    Attributes:
+        compute: "auto", or "fp8" for a base product with operands in 8 bits.
     """
 
     quant: QuantState
+    compute: str = "auto"
     weight_absmax: Tensor
     weight_nested_absmax: Tensor | None
     weight_nested_offset: Tensor | None
@@ -146,7 +150,7 @@ class QuantizedLinear(AdapterLinear):
             nested = nested.view(torch.float32)
             offset = own["weight_nested_offset"].view(torch.float32)
         data, kind = cast(Tensor, self._parameters["weight"]), (quant.quant_type, quant.blocksize)
-        return StoredWeight(data, absmax, nested, offset, *kind)
+        return StoredWeight(data, absmax, nested, offset, *kind, self.compute)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the 4-bit weight, sharing memory."""
@@ -185,7 +189,8 @@ class QuantizedLinear(AdapterLinear):
         """Return the shape, the format, the adapter and the backend."""
         double = self.weight_nested_absmax is not None
         kind = f"{self.quant.quant_type}, blocksize={self.quant.blocksize}, double_quant={double}"
-        return f"{super().extra_repr()}, {kind}"
+        compute = "" if self.compute == "auto" else f", compute={self.compute}"
+        return f"{super().extra_repr()}, {kind}{compute}"
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -242,6 +247,7 @@ def to_adapter_linear(
     params: Mapping[str, Tensor],
     quant: QuantConfig | None,
     backend: str,
+    compute: str = "auto",
 ) -> None:
     """Turn an nn.Linear into one of these modules, in place.
 
@@ -252,6 +258,7 @@ def to_adapter_linear(
         params: the adapter's first values by name; they get the weight's device.
         quant: how to store the weight in 4 bits; None keeps it dense.
         backend: "auto" or the name of a backend.
+        compute: "fp8", for a 4-bit weight: multiply in 8 bits from now on.
     """
     dense = linear.weight.detach()
     wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
@@ -262,6 +269,8 @@ def to_adapter_linear(
         linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
     module.adapter, module.backend, module.cache = spec, backend, Cache()
     module.weight.requires_grad_(False)
+    if compute != "auto" and isinstance(module, QuantizedLinear):
+        module.compute = compute
     if quant is not None:
         module.set_quantized(
             quantize_4bit(dense, quant.quant_type, quant.blocksize, quant.double_quant)
@@ -280,6 +289,7 @@ def to_linear(module: AdapterLinear, weight: Tensor) -> None:
     if isinstance(module, QuantizedLinear):
         del module.weight_absmax, module.weight_nested_absmax, module.weight_nested_offset
         del module.quant
+        vars(module).pop("compute", None)
     del module.adapter, module.backend, module.cache
     vars(module).pop("group", None)
     if module.weight is not weight:

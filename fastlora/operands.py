@@ -17,8 +17,8 @@ from fastlora.weight_checks import same_device
 Weight = Tensor | QuantizedWeight
 
 
-def as_stored(weight: Weight) -> tuple[StoredWeight, tuple[int, int]]:
-    """Return a weight as the ops take it, and its shape (N, K).
+def as_stored(weight: Weight, compute: str) -> tuple[StoredWeight, tuple[int, int]]:
+    """Return a weight as the ops take it, to be multiplied as `compute` says, and its shape (N, K).
 
     Raises:
         TypeError: it is neither a Tensor nor a QuantizedWeight.
@@ -32,13 +32,14 @@ def as_stored(weight: Weight) -> tuple[StoredWeight, tuple[int, int]]:
         raise ValueError(f"weight must have shape (N, K), got {tuple(weight.shape)}")
     n, k = weight.shape
     if isinstance(weight, Tensor):
-        return StoredWeight(weight, None, None, None, "dense", 0), (n, k)
+        return StoredWeight(weight, None, None, None, "dense", 0, compute), (n, k)
     if k == 1 and n % 2:
         raise ValueError(
             f"a 4-bit weight with one column must have an even number of rows, got ({n}, 1); keep"
             " it dense"
         )
-    return weight.stored(), (n, k)
+    stored = weight.stored()
+    return (stored if compute == "auto" else stored._replace(compute=compute)), (n, k)
 
 
 def with_dropout(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fastlora.adapters import METHODS, AdapterConfig, method_of
 from fastlora.config import as_config
-from fastlora.dispatch import check_backend
+from fastlora.dispatch import check_backend, check_compute
 from fastlora.fuse import unfuse
 from fastlora.in_place import InPlace, accelerate, restore
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
 from fastlora.other_layers import OtherLayer, can_adapt, to_other_layer, to_plain
-from fastlora.plan import Plan, make_plan
+from fastlora.plan import Plan, check_packed, make_plan
 from fastlora.quant import QuantConfig
 
 RECORD = "_fastlora"
@@ -32,6 +32,7 @@ class Record:
         config: the adapter's config, or None.
         quant: how weights were quantised, or None.
         backend: "auto" or the name of a backend.
+        compute: how products with 4-bit weights are computed.
         nbytes: bytes of the model's tensors before.
         trained: names of the parameters that required a gradient before.
         originals: modules that trainable copies replaced, by name.
@@ -50,6 +51,7 @@ class Record:
     biases: dict[str, Tensor] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     forget: Callable[[nn.Module], None] | None = None
+    compute: str = "auto"
 
 
 def patch_model(
@@ -58,6 +60,7 @@ def patch_model(
     *,
     quantize: str | QuantConfig | None = None,
     backend: str = "auto",
+    compute: str = "auto",
     seed: int = 0,
 ) -> nn.Module:
     """Return the same model with adapters and 4-bit weights in place of its linears.
@@ -79,19 +82,25 @@ def patch_model(
         config: `LoraConfig`, or PEFT's config object; None: no adapter of ours.
         quantize: None, "nf4", "fp4" or a `QuantConfig`.
         backend: "auto", or the name of one backend for every layer.
+        compute: how 4-bit weights are multiplied with many tokens: "auto", in the dtype of the
+            activations, or "fp8", forward and backward with operands rounded to 8 bits: faster on
+            GPUs that have the units, and lossy; `report` prints by how much. Adapters, dense
+            layers and few tokens are computed as with "auto". backend="reference" emulates it.
         seed: of the adapter's first values, which do not depend on the global generator.
 
     Raises:
         TypeError: an argument or a target module is of the wrong kind.
         ValueError: the model is patched already, a target matches nothing or does not fit, a
             weight is not finite, or there is nothing to accelerate.
-        NotImplementedError: no backend takes a layer; the message gives each one's reason.
+        NotImplementedError: no backend takes a layer, or none computes it so; the message gives
+            each one's reason.
         ImportError: the native CPU library is missing, or a library's version is not supported.
     """
     config, quant = check_arguments(model, config, quantize, backend, seed)
+    check_compute(compute)
     before = find_record(model)
     if isinstance(before, Record) and before.config is None and config and quant is None:
-        _add_adapters(model, before, config, backend, seed)
+        _add_adapters(model, before, config, backend, seed, compute)
         return model
     if before is not None:
         raise ValueError(
@@ -99,19 +108,31 @@ def patch_model(
             " merge first"
         )
     if config is None and quant is None:
-        setattr(model, RECORD, accelerate(model, backend, tensor_bytes(model)))
+        setattr(model, RECORD, accelerate(model, backend, tensor_bytes(model), compute))
         return model
-    plan = make_plan(model, config, quant, backend)
-    apply_plan(model, plan, config, quant, backend, seed)
+    if quant is None and compute != "auto":
+        raise ValueError(
+            f"compute={compute!r} takes 4-bit weights, got a model that keeps dense ones; pass"
+            " quantize='nf4', or leave compute at 'auto'"
+        )
+    plan = make_plan(model, config, quant, backend, compute)
+    apply_plan(model, plan, config, quant, backend, seed, compute)
     return model
 
 
 def _add_adapters(
-    model: nn.Module, before: Record, config: AdapterConfig, backend: str, seed: int
+    model: nn.Module,
+    before: Record,
+    config: AdapterConfig,
+    backend: str,
+    seed: int,
+    compute: str,
 ) -> None:
     """Add adapters to a model whose weights were only quantised."""
     plan = make_plan(model, config, None, backend)
-    record = apply_plan(model, plan, config, before.quant, backend, seed)
+    if compute != "auto":
+        set_compute(model, before, backend, compute)
+    record = apply_plan(model, plan, config, before.quant, backend, seed, before.compute)
     plan.quant = before.plan.quant
     for name, spec in before.plan.specs.items():
         plan.specs.setdefault(name, spec)
@@ -119,6 +140,19 @@ def _add_adapters(
     record.nbytes, record.trained = before.nbytes, before.trained
     record.attributes = [*before.attributes, *record.attributes]
     record.forget = before.forget
+
+
+def set_compute(model: nn.Module, record: Record, backend: str, compute: str) -> None:
+    """Let every 4-bit weight of a model be multiplied in this way.
+
+    Raises:
+        NotImplementedError: no backend does; the message gives each one's reason.
+    """
+    check_packed(model, backend, compute)
+    record.compute = compute
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.compute = compute
 
 
 def check_arguments(
@@ -190,10 +224,11 @@ def apply_plan(
     quant: QuantConfig | None,
     backend: str,
     seed: int,
+    compute: str = "auto",
 ) -> Record:
     """Carry out a plan that `make_plan` has checked, and remember it on the model."""
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    record = Record(plan, config, quant, backend, tensor_bytes(model), trained)
+    record = Record(plan, config, quant, backend, tensor_bytes(model), trained, compute=compute)
     generator = torch.Generator().manual_seed(seed)
     if config is not None:
         model.requires_grad_(False)
@@ -205,7 +240,7 @@ def apply_plan(
         if can_adapt(layer) and spec is not None:
             to_other_layer(layer, spec, params)
         else:
-            to_adapter_linear(layer, spec, params, plan.quant.get(name), backend)
+            to_adapter_linear(layer, spec, params, plan.quant.get(name), backend, compute)
     for name in plan.saved:
         original = model.get_submodule(name)
         record.originals[name] = original

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +57,11 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def make_plan(
-    model: nn.Module, config: AdapterConfig | None, quant: QuantConfig | None, backend: str
+    model: nn.Module,
+    config: AdapterConfig | None,
+    quant: QuantConfig | None,
+    backend: str,
+    compute: str = "auto",
 ) -> Plan:
     """Return what `patch_model` does with these arguments; changes nothing.
 
@@ -90,7 +95,8 @@ def make_plan(
     _check_matched(model, config, plan)
     for name, spec in plan.specs.items():
         if not can_adapt(model.get_submodule(name)):
-            check_layer(name, model.get_submodule(name), spec, plan.quant.get(name), backend)
+            layer = model.get_submodule(name)
+            check_layer(name, layer, spec, plan.quant.get(name), backend, compute)
     if config is not None:
         plan.bias = _biases(model, getattr(config, "bias", "none"), plan)
     return plan
@@ -227,7 +233,12 @@ def _short(name: str) -> str:
 
 
 def check_layer(
-    name: str, module: nn.Module, spec: AdapterSpec | None, quant: QuantConfig | None, backend: str
+    name: str,
+    module: nn.Module,
+    spec: AdapterSpec | None,
+    quant: QuantConfig | None,
+    backend: str,
+    compute: str = "auto",
 ) -> None:
     """Raise unless this linear, with its values, can have this adapter and this format."""
     assert isinstance(module, nn.Linear)
@@ -252,10 +263,33 @@ def check_layer(
             " float64; convert the model"
         )
     format, blocksize = ("dense", 0) if quant is None else (quant.quant_type, quant.blocksize)
-    dtype, r = module.weight.dtype, 0 if method is None or spec is None else method.rank(spec)
+    compute = "auto" if quant is None else compute
+    r = 0 if method is None or spec is None else method.rank(spec)
+    _check_backend(module, (format, blocksize), module.weight.dtype, r, backend, compute)
+
+
+def check_packed(model: nn.Module, backend: str, compute: str) -> None:
+    """Raise unless a backend multiplies every 4-bit weight of a model in this way."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            kind = (module.quant.quant_type, module.quant.blocksize)
+            _check_backend(module, kind, module.quant.dtype, 0, backend, compute)
+
+
+def _check_backend(
+    module: nn.Linear,
+    kind: tuple[str, int],
+    dtype: torch.dtype,
+    r: int,
+    backend: str,
+    compute: str,
+) -> None:
+    """Raise unless a backend takes a training batch of this linear, on the device where it is."""
+    n, k, device = module.out_features, module.in_features, module.weight.device
     adapter = torch.promote_types(dtype, torch.float32) if r else None
-    kind = (module.weight.device.type, dtype, format, blocksize, 512, n, k, r, adapter)
-    pick(Problem("lora_linear", *kind), backend)
+    problem = Problem("lora_linear", device.type, dtype, *kind, 512, n, k, r, adapter, compute)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        pick(problem, backend)
 
 
 def _check_tensors(name: str, module: nn.Linear) -> None:

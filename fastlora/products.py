@@ -26,6 +26,7 @@ def hada_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> Tensor:
     """Return ``x W^T + bias + scaling drop(x) ((w1_a w1_b) * (w2_a w2_b))^T``, LoHa's linear.
 
@@ -43,6 +44,7 @@ def hada_linear(
         dropout: probability with which an element of x is dropped on its way to the update.
         seed: one int64 on x's device; None: a new one from torch's generator, if dropout is not 0.
         backend: "auto", or the name of one backend.
+        compute: "auto", or "fp8" with a 4-bit weight; see `patch_model`.
 
     Returns:
         (..., N) in x's dtype, contiguous. Gradients reach x, bias and the four factors.
@@ -55,7 +57,7 @@ def hada_linear(
     Source: FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098; LyCORIS, Yeh et al. 2024,
     arXiv:2309.14859.
     """
-    stored, (n, k) = as_stored(weight)
+    stored, (n, k) = as_stored(weight, compute)
     r1, r2 = size(w1_a, 1), size(w2_a, 1)
     operands = {"w1_a": (w1_a, (n, r1)), "w1_b": (w1_b, (r1, k))}
     check_factors(
@@ -76,6 +78,7 @@ def kron_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> Tensor:
     """Return ``x W^T + bias + scaling drop(x) kron(w1, w2)^T``, LoKr's linear.
 
@@ -92,6 +95,7 @@ def kron_linear(
         dropout: probability with which an element of x is dropped on its way to the update.
         seed: one int64 on x's device; None: a new one from torch's generator, if dropout is not 0.
         backend: "auto", or the name of one backend.
+        compute: "auto", or "fp8" with a 4-bit weight; see `patch_model`.
 
     Returns:
         (..., N) in x's dtype, contiguous. Gradients reach x, bias and the factors.
@@ -103,7 +107,7 @@ def kron_linear(
 
     Source: LyCORIS, Yeh et al. 2024, arXiv:2309.14859, section 3.
     """
-    stored, shape = as_stored(weight)
+    stored, shape = as_stored(weight, compute)
     x = x.to(activation_dtype(x))
     _check_kron(w1, w2, *shape, x)
     factors = kron_factors(w1, w2)

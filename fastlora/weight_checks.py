@@ -6,6 +6,8 @@ import torch
 from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
 from torch import Tensor
 
+from fastlora.dispatch import check_compute
+
 
 def same_device(name: str, tensor: Tensor, rows: Tensor) -> None:
     """Raise a ValueError unless a tensor is on the device of the activations."""
@@ -24,6 +26,8 @@ def weight_shape(weight: StoredWeight, k: int) -> tuple[int, int]:
         ValueError: a shape, a device, a format or a block size.
     """
     data, format = weight.data, weight.format
+    if weight.compute != "auto":
+        _check_compute(weight)
     shape = data.shape
     if format == "dense":
         if len(shape) != 2 or shape[1] != k or k == 0:
@@ -53,9 +57,19 @@ def weight_shape(weight: StoredWeight, k: int) -> tuple[int, int]:
     return n, k
 
 
+def _check_compute(weight: StoredWeight) -> None:
+    """Raise unless a weight can be asked for another product than the usual one."""
+    check_compute(weight.compute)
+    if weight.format == "dense":
+        raise ValueError(
+            f"compute={weight.compute!r} takes a 4-bit weight, got a dense one; quantize it, or"
+            " leave compute at 'auto'"
+        )
+
+
 def _check_absmax(weight: StoredWeight, absmax: Tensor, values: int) -> None:
     """Check the magnitudes of a 4-bit weight with `values` values."""
-    data, _, nested, offset, _, blocksize = weight
+    data, _, nested, offset, _, blocksize, _ = weight
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {tuple(BLOCKSIZES)}, got {blocksize}")
     want = torch.float32 if nested is None else torch.uint8

@@ -1,10 +1,12 @@
-"""Triton's interpreter, made trustworthy for bfloat16: for tests only.
+"""Triton's interpreter, made trustworthy for bfloat16 and e4m3: for tests only.
 
 The interpreter (triton 3.4 to 3.9) keeps bfloat16 as raw 16-bit patterns and lets numpy compute on
 those, so that products, sums and comparisons are silently wrong, and it truncates float32 to
 bfloat16 instead of rounding. `install` makes every such operation decode to float32, compute, and
-round to nearest even, as a GPU does. Instructions that a kernel writes by hand, which the
-interpreter refuses, run in the model of `tests.ptx`.
+round to nearest even, as a GPU does. Its conversion to e4m3 rounds ties up and loses the carry of a
+rounded mantissa; here it rounds to nearest even and stops at 448, as the instruction of a GPU does.
+Instructions that a kernel writes by hand, which the interpreter refuses, run in the model of
+`tests.ptx`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def prepare() -> None:
         import_module("triton.experimental.gluon")  # triton imports it at the first launch
         import_module("fastlora_kernels.lora_linear")
         import_module("fastlora_kernels.columns")
+        import_module("fastlora_kernels.fp8_linear")
         install()
     finally:
         if before is None:
@@ -69,6 +72,18 @@ def encode(values: Any) -> Array:
     quiet_nan = (bits >> 16) | np.uint32(0x40)
     result: Array = np.where(np.isnan(floats), quiet_nan, rounded).astype(np.uint16)
     return result
+
+
+def encode_e4m3(values: Any) -> Array:
+    """Return e4m3 bit patterns (uint8) of float32 values: to nearest even, 448 at most."""
+    size = np.abs(np.asarray(values, dtype=np.float64))
+    nan = np.isnan(size)
+    size = np.where(nan, 0.0, np.minimum(size, 1024.0))
+    exponent = np.frexp(np.maximum(size, 2.0**-6))[1] - 1  # below 2**-6 the step stays the same
+    steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)  # of 2**(exponent - 3), up to 16
+    bits = np.minimum(steps + 8 * (exponent + 6), 0x7E)  # a carry goes into the exponent
+    result: Array = np.where(nan, 0x7F, bits | np.where(np.signbit(values), 0x80, 0))
+    return result.astype(np.uint8)
 
 
 def install() -> None:
@@ -142,6 +157,9 @@ def _patch_casts(builder: Any, handle: Any, tl: Any) -> None:
         return cast(self, value, dtype)
 
     def create_fp_to_fp(self: Any, value: Any, dtype: Any, rounding: Any) -> Any:
+        if dtype.scalar == tl.float8e4nv:
+            wide = cast_impl(self, value, tl.float32)
+            return handle(encode_e4m3(wide.data), tl.float8e4nv)
         if tl.bfloat16 in (value.dtype.scalar, dtype.scalar):
             return cast_impl(self, value, dtype)
         return fp_to_fp(self, value, dtype, rounding)

@@ -59,6 +59,11 @@ def _execute(name: str, operands: list[Array]) -> Array:
     if name == "cvt.rn.f16x2.f32":
         pair: Array = (_f16(operands[0]) << U32(16)) | _f16(operands[1])
         return pair
+    if name == "cvt.rn.satfinite.e4m3x2.f32":
+        couple: Array = (_e4m3(operands[0]) << U32(8)) | _e4m3(operands[1])
+        return couple
+    if name == "cvt.u32.u16":
+        return operands[0]
     raise NotImplementedError(f"the model of PTX needs {name!r}; add it to tests/ptx.py")
 
 
@@ -94,3 +99,9 @@ def _bf16(bits: Array) -> Array:
 def _f16(bits: Array) -> Array:
     with np.errstate(over="ignore"):
         return bits.view(np.float32).astype(np.float16).view(np.uint16).astype(U32)
+
+
+def _e4m3(bits: Array) -> Array:
+    from tests.interpreter import encode_e4m3
+
+    return encode_e4m3(bits.view(np.float32)).astype(U32)

@@ -47,6 +47,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"spans": torch.zeros(3, 2).int()}, ValueError, "spans must have one row for each row"),
     ({"weight": CASE.weight._replace(nested_offset=None)}, TypeError, "come together, got only"),
     ({"weight": CASE.weight._replace(nested_offset=torch.zeros(2))}, TypeError, "one float32"),
+    ({"weight": CASE.weight._replace(compute="8bit")}, ValueError, "compute must be one of"),
+    ({"weight": DENSE._replace(compute="fp8")}, ValueError, "takes a 4-bit weight, got a dense"),
     ({"backend": "cuda"}, ValueError, r"backend must be one of \['auto',"),
     ({"backend": 3}, TypeError, "backend must be a str, got int"),
 ]
@@ -67,7 +69,7 @@ def test_bad_operands(change: dict[str, Any], kind: type[Exception], sentence: s
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "sentence"), BAD[1:22], ids=[b[2][:40] for b in BAD[1:22]]
+    ("change", "kind", "sentence"), BAD[1:24], ids=[b[2][:40] for b in BAD[1:24]]
 )
 def test_bad_operands_say_the_same_when_fake(
     change: dict[str, Any], kind: type[Exception], sentence: str
@@ -93,7 +95,7 @@ def test_weight_gradient_is_refused() -> None:
         fastlora.lora_linear(CASE.x, weight, backend="reference")
     with pytest.raises(ValueError, match=sentence):
         op = torch.ops.fastlora.lora_linear.default
-        op(CASE.x, weight, None, None, None, "dense", 0, *NOTHING, "reference")
+        op(CASE.x, weight, None, None, None, "dense", 0, "auto", *NOTHING, "reference")
     with torch.no_grad():
         assert fastlora.lora_linear(CASE.x, weight, backend="reference").shape == (4, 6)
 

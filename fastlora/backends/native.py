@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from fastlora_kernels import native, native_group
+from fastlora_kernels import fp8, native, native_group
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.native_columns import (
@@ -45,6 +45,8 @@ def why_not(problem: Problem) -> str | None:
     """
     if problem.device != "cpu":
         return f"runs on cpu only, not on {problem.device}"
+    if problem.compute == "fp8":
+        return fp8.why_not_device(torch.device("cpu"))
     if problem.op == "dequantize":
         if problem.dtype not in native.DTYPES:
             return f"decodes to float32, bfloat16 and float16 only, not to {problem.dtype}"

@@ -1,6 +1,8 @@
 """The definition of every op in plain PyTorch, unfused: dequantise, matmul, adapter, add.
 
-It takes every problem, float64 included, and is what the other backends are tested against.
+It takes every problem, float64 included, and is what the other backends are tested against. For
+fp8 compute it rounds operands to 8 bits and multiplies them in float32, however few tokens there
+are, when it is asked for by name.
 Rounding is that of the usual unfused path: base matmul in x's dtype, adapter in its own dtype,
 the sum in the wider of the two, then one rounding to x's dtype.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from fastlora_kernels import fp8
 from fastlora_kernels.formats import StoredWeight, dequantize
 from fastlora_kernels.low_rank import LowRank, keep_mask, keep_scale, span_mask
 from torch import Tensor
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from fastlora.dispatch import Problem
 
 PRIORITY = 0
+AUTO_COMPUTES = ("auto",)  # what it does in 8 bits is slow: to look at, and to test against
 __all__ = [
     "PRIORITY",
     "dequantize",
@@ -34,8 +38,8 @@ __all__ = [
 
 
 def why_not(problem: Problem) -> str | None:
-    """Return None: the reference takes everything."""
-    return None
+    """Return None: the reference takes everything, but for shapes that no fp8 product takes."""
+    return fp8.why_not_shape(problem.n, problem.k) if problem.compute == "fp8" else None
 
 
 def lora_linear(
@@ -56,7 +60,7 @@ def lora_linear(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     n, k = _shape(weight, x.shape[1])
-    y = functional.linear(x, dequantize(weight, n, k, x.dtype), bias)
+    y = _product(x, weight, n, k, bias)
     if update is None:
         return y, x.new_empty(0, dtype=wide)
     A, B = update.A, update.B
@@ -95,7 +99,10 @@ def lora_linear_backward(
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if need_dx:
         n, k = _shape(weight, None if x is None else x.shape[1])
-        dx = dy @ dequantize(weight, n, k, dy.dtype)
+        if weight.compute == "fp8":
+            dx = fp8.product(dy, weight, n, k, transposed=True)
+        else:
+            dx = dy @ dequantize(weight, n, k, dy.dtype)
     if update is None:
         return dx, dA, dB
     A, B = update.A, update.B
@@ -171,6 +178,14 @@ def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """
     keep = keep_mask(seed, x.shape[0], x.shape[1], dropout)
     return (x * keep_scale(dropout)).masked_fill_(~keep, 0)
+
+
+def _product(x: Tensor, weight: StoredWeight, n: int, k: int, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + bias`` as the weight is to be multiplied: (M, N) in x's dtype."""
+    if weight.compute != "fp8":
+        return functional.linear(x, dequantize(weight, n, k, x.dtype), bias)
+    y = fp8.product(x, weight, n, k, transposed=False)
+    return y if bias is None else y + bias
 
 
 def _drop(x: Tensor, update: LowRank) -> tuple[Tensor, float]:

@@ -49,7 +49,21 @@ def why_not(problem: Problem) -> str | None:
         return f"takes adapters of float32 or {problem.dtype}, got {problem.adapter_dtype}"
     if problem.m >= 2**31 or problem.n >= 2**31 or problem.k >= 2**31:
         return "takes dimensions below 2**31"
-    return None
+    return _why_not_fp8(problem) if problem.compute == "fp8" else None
+
+
+def _why_not_fp8(problem: Problem) -> str | None:
+    """Return why there is no product with operands in 8 bits; the interpreter has it."""
+    from fastlora_kernels import fp8
+
+    if problem.format == "dense":
+        return "fp8 compute takes 4-bit weights, got a dense one"
+    if problem.dtype == torch.float32:
+        return "fp8 compute takes bfloat16 and float16 activations, got torch.float32"
+    reason = fp8.why_not_shape(problem.n, problem.k)
+    if reason is not None or problem.device == "cpu":
+        return reason
+    return fp8.why_not_device(torch.device(problem.device))
 
 
 def lora_linear(

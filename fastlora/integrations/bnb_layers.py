@@ -11,7 +11,7 @@ from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
 from torch import Tensor, nn
 
 from fastlora import ops
-from fastlora.dispatch import Problem
+from fastlora.dispatch import Problem, pick
 from fastlora.in_place import Accelerated, Swap, one_device, refusal
 from fastlora.integrations.versions import check_version
 from fastlora.quant import QuantizedWeight
@@ -32,7 +32,8 @@ def stored(module: Any) -> StoredWeight:
     packed = module.weight.detach().as_subclass(Tensor)
 
     def read() -> StoredWeight:
-        return QuantizedWeight.from_bnb((packed, state)).stored()
+        weight = QuantizedWeight.from_bnb((packed, state)).stored()
+        return weight._replace(compute=module.fastlora_state.compute)
 
     cache = module.fastlora_state.cache
     kept: StoredWeight = cache.frozen("stored", (packed,), read, also=_Same(state))
@@ -89,13 +90,17 @@ class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
 
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
-        return problem(self, 0, None)
+        return problem(self, 0, None, self.fastlora_state.compute)
 
     def hidden(self) -> int:
         """Return how many values the weight holds beyond its bytes."""
         n, k = quant_state(self).shape
         packed = self._parameters["weight"]
         return 0 if packed is None else int(n * k - packed.numel())
+
+    def packed(self) -> StoredWeight:
+        """Return the 4-bit weight."""
+        return stored(self)
 
     def describe(self) -> dict[str, Any]:
         """Return the report's columns."""
@@ -113,19 +118,24 @@ def weight_columns(module: Any) -> dict[str, Any]:
     return {"format": state.quant_type, "shape": tuple(state.shape), "bytes": nbytes}
 
 
-def problem(module: Any, r: int, adapter: torch.dtype | None) -> Problem:
+def problem(module: Any, r: int, adapter: torch.dtype | None, compute: str = "auto") -> Problem:
     """Return the problem of a training batch on a 4-bit or dense linear."""
     if isinstance(module, bnb.nn.Linear4bit):
         state, dtype = quant_state(module), module.compute_dtype or quant_state(module).dtype
         (n, k), kind = state.shape, (state.quant_type, state.blocksize)
     else:
         (n, k), dtype, kind = module.weight.shape, module.weight.dtype, ("dense", 0)
+        compute = "auto"
     device = module.weight.device.type
-    return Problem("lora_linear", device, dtype, *kind, BATCH, n, k, r, adapter)
+    return Problem("lora_linear", device, dtype, *kind, BATCH, n, k, r, adapter, compute)
 
 
-def why_not(name: str, module: Any, backend: str) -> str | None:
-    """Return why a 4-bit linear can't be accelerated, or None."""
+def why_not(name: str, module: Any, backend: str, compute: str) -> str | None:
+    """Return why a 4-bit linear can't be accelerated, or None.
+
+    Raises:
+        NotImplementedError: no backend computes it in 8 bits, which was asked for.
+    """
     state = quant_state(module)
     if state is None:
         return "not quantised yet: move the model to its device first"
@@ -134,6 +144,8 @@ def why_not(name: str, module: Any, backend: str) -> str | None:
     if len(state.shape) != 2:
         return f"a weight of {len(state.shape)} dimensions"
     one_device(name, [module.weight, state.absmax, *_biases(module)])
+    if compute != "auto":
+        pick(problem(module, 0, None, compute), backend)
     return refusal(module, problem(module, 0, None), backend)
 
 
@@ -141,14 +153,14 @@ def _biases(module: Any) -> list[Tensor]:
     return [] if module.bias is None else [module.bias]
 
 
-def plan(name: str, module: nn.Module, backend: str) -> Swap | str | None:
+def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str | None:
     """Return what becomes of a layer of bitsandbytes, or why nothing does; None: it is no layer."""
     if type(module) is not bnb.nn.Linear4bit:
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             return f"bitsandbytes' {type(module).__name__} is left to bitsandbytes"
         return None
     check_version("bitsandbytes")
-    reason = why_not(name, module, backend)
+    reason = why_not(name, module, backend, compute)
     if reason is not None:
         return reason
     packed = getattr(quant_state(module), "packing_format_for_cpu", False)

@@ -102,7 +102,8 @@ class _Lora(Accelerated):
         """Return a training batch of this layer."""
         layer = cast(Any, self)
         a = next(iter(layer.lora_A.values())).weight
-        return bnb_layers.problem(layer.base_layer, a.shape[0], a.dtype)
+        compute = self.fastlora_state.compute
+        return bnb_layers.problem(layer.base_layer, a.shape[0], a.dtype, compute)
 
     def describe(self) -> dict[str, Any]:
         """Return the report's columns; of several adapters, those of the active ones."""
@@ -214,7 +215,8 @@ class _Product(Accelerated):
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
         layer = cast(Any, self)
-        return bnb_layers.problem(layer.base_layer, max(layer.r.values()) ** 2, torch.float32)
+        rank, compute = max(layer.r.values()) ** 2, self.fastlora_state.compute
+        return bnb_layers.problem(layer.base_layer, rank, torch.float32, compute)
 
     def describe(self) -> dict[str, Any]:
         """Return the report's columns; of several adapters, those of the active ones."""
@@ -249,6 +251,11 @@ class LoraLinear4bit(_Lora, PeftLinear4bit):  # type: ignore[misc]
 
     plain: ClassVar[type[nn.Module]] = PeftLinear4bit
 
+    def packed(self) -> StoredWeight | None:
+        """Return the 4-bit weight, unless the layer under the adapter was left as it was."""
+        base = cast(Any, self).base_layer
+        return base.packed() if isinstance(base, Accelerated) else None
+
 
 SWAPS: dict[type[nn.Module], type[Accelerated]] = {
     cls.plain: cls for cls in (LoraLinear, LoraLinear4bit, LoHaLinear, LoKrLinear)
@@ -267,7 +274,7 @@ def _columns(layer: Any, method: str, names: list[str]) -> dict[str, Any]:
     }
 
 
-def plan(name: str, module: nn.Module, backend: str) -> Swap | str | None:
+def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str | None:
     """Return what becomes of a layer of PEFT, or why nothing does; None: it is no such layer."""
     if not isinstance(module, BaseTunerLayer):
         return None
@@ -278,14 +285,14 @@ def plan(name: str, module: nn.Module, backend: str) -> Swap | str | None:
         return f"PEFT's {kind} is left to PEFT"
     if getattr(layer, "fan_in_fan_out", False):
         return "a base weight stored as (inputs, outputs) is left to PEFT"
-    reason = _base_reason(name, layer.base_layer, backend)
+    reason = _base_reason(name, layer.base_layer, backend, compute)
     if reason is not None:
         return reason
     one_device(name, list(module.parameters()))
     return Swap(SWAPS[type(module)], _notes(layer))
 
 
-def _base_reason(name: str, linear: nn.Module, backend: str) -> str | None:
+def _base_reason(name: str, linear: nn.Module, backend: str, compute: str) -> str | None:
     if isinstance(linear, Accelerated):
         return None
     if type(linear) is nn.Linear:
@@ -293,7 +300,7 @@ def _base_reason(name: str, linear: nn.Module, backend: str) -> str | None:
             return f"a base in {linear.weight.dtype} is left to PEFT"
         return refusal(linear, bnb_layers.problem(linear, 16, torch.float32), backend)
     if type(linear).__module__.startswith("bitsandbytes."):
-        found = bnb_layers.plan(f"{name}.base_layer", linear, backend)
+        found = bnb_layers.plan(f"{name}.base_layer", linear, backend, compute)
         return found if isinstance(found, str) else None
     return f"a base of {type(linear).__name__} is left to PEFT"
 

@@ -14,10 +14,11 @@ import torch
 from fastlora_kernels.formats import FORMATS
 from torch import nn
 
+from fastlora.dispatch import check_compute
 from fastlora.integrations.quantizer import FastLoraQuantConfig
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear
-from fastlora.patch import patch_model, the_record
+from fastlora.patch import patch_model, set_compute, the_record
 from fastlora.quant import QuantConfig
 
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ def from_pretrained(
     auto_class: str = "AutoModelForCausalLM",
     skip_modules: list[str] | None = None,
     backend: str = "auto",
+    compute: str = "auto",
     seed: int = 0,
     **options: Any,
 ) -> Any:
@@ -54,6 +56,7 @@ def from_pretrained(
         skip_modules: linears that stay dense; None: the output head and what the model keeps in
             float32.
         backend: "auto", or the name of one backend.
+        compute: "auto" or "fp8", as for `patch_model`.
         seed: of the adapter's first values.
         options: handed on to the class's `from_pretrained`.
 
@@ -61,9 +64,11 @@ def from_pretrained(
         ValueError: the checkpoint is damaged, pickled, or of another kind; or a target does not
             fit.
         FileNotFoundError: the directory or a file of it is missing.
+        NotImplementedError: no backend computes a layer so; the message gives each one's reason.
         ImportError: the version of transformers is not supported.
     """
     check_version("transformers")
+    check_compute(compute)
     import transformers
 
     path, found = Path(name), None
@@ -79,7 +84,9 @@ def from_pretrained(
         )
     model = getattr(transformers, auto_class).from_pretrained(str(name), **options)
     if config is not None:
-        patch_model(model, config, backend=backend, seed=seed)
+        patch_model(model, config, backend=backend, compute=compute, seed=seed)
+    elif compute != "auto":
+        set_compute(model, the_record(model), backend, compute)
     return model
 
 

@@ -77,7 +77,7 @@ def _module(
         n, k = check_forward(x, weight, bias, update)
         r, dtype = (0, None) if update is None else (update.A.shape[0], update.A.dtype)
         kind = (x.device.type, x.dtype, weight.format, weight.blocksize, x.numel() // k, n, k, r)
-        modules.add(choose("lora_linear", *kind, dtype, backend))
+        modules.add(choose("lora_linear", *kind, dtype, backend, weight.compute))
     module = modules.pop()
     return module if not modules and hasattr(module, "lora_group") else None
 

@@ -16,7 +16,7 @@ from fastlora.checks import wide_dtype
 LIBRARY: Any = torch.library.Library("fastlora", "FRAGMENT")  # type: ignore[no-untyped-call]
 WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, str format,"
-    " int blocksize"
+    " int blocksize, str compute"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _KINDS = frozenset((Tensor, torch.nn.Parameter, type(None)))

@@ -87,12 +87,12 @@ def _pick(
     r, dtype = (0, None) if update is None else (update.A.shape[0], update.A.dtype)
     device = "cpu" if rows.is_cpu else rows.device.type
     kind = (device, rows.dtype, weight.format, weight.blocksize, rows.shape[0], n, k, r, dtype)
-    return getattr(choose(op, *kind, backend), op), device
+    return getattr(choose(op, *kind, backend, weight.compute), op), device
 
 
 def _forward_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Run the op with the arguments of its schema: `rest` starts with the stored weight."""
-    return run_forward(x, StoredWeight(*rest[:6]), rest[6], low_rank(*rest[7:13]), rest[13])
+    return run_forward(x, StoredWeight(*rest[:7]), rest[7], low_rank(*rest[8:14]), rest[14])
 
 
 def _backward_op(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
@@ -133,13 +133,13 @@ def backward_parts(
 
 def _parts(rest: tuple[Any, ...]) -> tuple[StoredWeight, LowRank | None, tuple[Any, ...]]:
     """Return the weight, the update and what follows them in the schema of the backward."""
-    return StoredWeight(*rest[:6]), low_rank(*rest[6:12]), rest[12:]
+    return StoredWeight(*rest[:7]), low_rank(*rest[7:13]), rest[13:]
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    check_backend(rest[13])
-    update = low_rank(*rest[7:13])
-    n, _ = check_forward(x, StoredWeight(*rest[:6]), rest[6], update)
+    check_backend(rest[14])
+    update = low_rank(*rest[8:14])
+    n, _ = check_forward(x, StoredWeight(*rest[:7]), rest[7], update)
     shape = (0,) if update is None else (math.prod(x.shape[:-1]), update.A.shape[0])
     return x.new_empty((*x.shape[:-1], n)), x.new_empty(shape, dtype=wide_dtype(x.dtype))
 
@@ -192,10 +192,10 @@ def _remember_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     needs = ctx.needs_input_grad
     if needs[1]:
         raise ValueError(WEIGHT_GRAD)
-    weight, update = StoredWeight(*inputs[1:7]), low_rank(*inputs[8:14])
-    wanted = (needs[0], needs[7], needs[8], needs[9])
-    remember(ctx, inputs[0], output[1], weight, inputs[7], update, wanted)
-    ctx.backend = inputs[14]
+    weight, update = StoredWeight(*inputs[1:8]), low_rank(*inputs[9:15])
+    wanted = (needs[0], needs[8], needs[9], needs[10])
+    remember(ctx, inputs[0], output[1], weight, inputs[8], update, wanted)
+    ctx.backend = inputs[15]
     ctx.mark_non_differentiable(output[1])
 
 
@@ -213,7 +213,7 @@ def _call_backward_op(
 
 def _gradients_op(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
     dx, dbias, dA, dB = gradients(ctx, dy, _call_backward_op)
-    return dx, None, None, None, None, None, None, dbias, dA, dB, None, None, None, None, None
+    return dx, *(None,) * 7, dbias, dA, dB, *(None,) * 5
 
 
 define(

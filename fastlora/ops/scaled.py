@@ -127,7 +127,7 @@ def _in_one(
 def _choose(x: Tensor, weight: StoredWeight, update: LowRank, n: int, k: int, backend: str) -> Any:
     kind = (x.device.type, x.dtype, weight.format, weight.blocksize)
     sizes = (math.prod(x.shape[:-1]), n, k, update.A.shape[0], update.A.dtype)
-    return choose("lora_linear", *kind, *sizes, backend)
+    return choose("lora_linear", *kind, *sizes, backend, weight.compute)
 
 
 def finds_norms(

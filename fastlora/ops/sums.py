@@ -14,7 +14,7 @@ from fastlora.ops.library import WEIGHT, define, is_plain, no_autocast
 
 
 def _dots(a: Tensor, *rest: Any) -> Tensor:
-    weight, (dtype, backend) = StoredWeight(*rest[:6]), rest[6:]
+    weight, (dtype, backend) = StoredWeight(*rest[:7]), rest[7:]
     n, k = check_dots(a, weight, dtype)
     kind = (a.device.type, dtype, weight.format, weight.blocksize)
     module = choose("weight_dots", *kind, a.shape[0], n, k, 0, a.dtype, backend)
@@ -24,13 +24,13 @@ def _dots(a: Tensor, *rest: Any) -> Tensor:
 
 
 def _dots_fake(a: Tensor, *rest: Any) -> Tensor:
-    check_backend(rest[7])
-    n, _ = check_dots(a, StoredWeight(*rest[:6]), rest[6])
-    return a.new_empty((a.shape[0], n), dtype=wide_dtype(rest[6]))
+    check_backend(rest[8])
+    n, _ = check_dots(a, StoredWeight(*rest[:7]), rest[7])
+    return a.new_empty((a.shape[0], n), dtype=wide_dtype(rest[7]))
 
 
 def _squares(*rest: Any) -> Tensor:
-    weight, (k, dtype, backend) = StoredWeight(*rest[:6]), rest[6:]
+    weight, (k, dtype, backend) = StoredWeight(*rest[:7]), rest[7:]
     n = check_squares(weight, k, dtype)
     device = weight.data.device.type
     kind = (device, dtype, weight.format, weight.blocksize)
@@ -41,7 +41,7 @@ def _squares(*rest: Any) -> Tensor:
 
 
 def _squares_fake(*rest: Any) -> Tensor:
-    weight, (k, dtype, backend) = StoredWeight(*rest[:6]), rest[6:]
+    weight, (k, dtype, backend) = StoredWeight(*rest[:7]), rest[7:]
     check_backend(backend)
     return weight.data.new_empty(check_squares(weight, k, dtype), dtype=wide_dtype(dtype))
 

@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from fastlora_kernels import native_library
+from fastlora_kernels import fp8, native_library
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +59,7 @@ def facts() -> list[tuple[str, str]]:
             found.append(
                 (f"GPU {i}", f"{name}, {free_gpu / GIB:.1f} of {total / GIB:.1f} GiB free")
             )
+            found.append((f"GPU {i}, fp8", fp8.why_not_device(torch.device("cuda", i)) or "yes"))
     else:
         built = "a CUDA build sees none" if torch.version.cuda else "torch is built for the CPU"
         found.append(("GPU", f"none: {built}"))

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora_kernels import columns, dequantize, fused, lora_linear, low_rank_products, regimes
+from fastlora_kernels import (
+    columns,
+    dequantize,
+    fp8_linear,
+    fused,
+    lora_linear,
+    low_rank_products,
+    regimes,
+)
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.low_rank_products import Masks
@@ -23,6 +31,7 @@ from fastlora_kernels.low_rank_products import Masks
 N, K, RANK, MANY = 1024, 2048, 16, 256
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MATRIX = ("linear_fwd", "bwd_dx", "first", "finish", "gradient", "both")
+FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")  # with matrix units for e4m3
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -75,7 +84,7 @@ def _recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     saved = [
         (module, name, value)
-        for module in (columns, dequantize, fused, low_rank_products)
+        for module in (columns, dequantize, fp8_linear, fused, low_rank_products)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -160,6 +169,20 @@ def _dequantize(dtype: torch.dtype, blocksize: int) -> Iterator[Case]:
     yield from _cases(name, lambda: dequantize.dequantize(weight, N, K, dtype))
 
 
+def _fp8(dtype: torch.dtype, nested: bool, k: int = K) -> Iterator[Case]:
+    """Yield the kernels that write e4m3, for both directions."""
+    x, weight = torch.zeros(MANY, k, dtype=dtype), _stored(N, k, nested)
+
+    def run(transposed: bool) -> None:
+        fp8_linear.quantize_rows(x)
+        with fp8_linear.quantized_weight(weight, N, k, transposed):
+            pass
+
+    name = f"{_short(dtype)} K={k}" + (" nested" if nested else "")
+    yield from _cases(name, partial(run, False), False)
+    yield from _cases(f"{name} transposed", partial(run, True), False)
+
+
 def _columns(dtype: torch.dtype) -> Iterator[Case]:
     """Yield the kernels of DoRA."""
     z, scale, weight = torch.zeros(MANY, N, dtype=dtype), torch.zeros(N), _stored(N, K, True)
@@ -175,7 +198,7 @@ def _columns(dtype: torch.dtype) -> Iterator[Case]:
     yield from _cases(name, partial(columns.weight_dots, a, weight, N, dtype), dtype != FP32)
 
 
-def _quick() -> Iterator[Case]:
+def _quick(arch: str) -> Iterator[Case]:
     """Yield the most demanding variant of every kernel."""
     yield from _dequantize(BF16, 64)
     yield from _linear(128, BF16, FP32)
@@ -184,11 +207,15 @@ def _quick() -> Iterator[Case]:
     yield from _linear(MANY, BF16, FP32, rank=64)
     yield from _gemv(BF16, True)
     yield from _columns(BF16)
+    if arch in FP8_ARCHS:
+        yield from _fp8(BF16, True)
 
 
-def _default() -> Iterator[Case]:
+def _default(arch: str) -> Iterator[Case]:
     """Yield every tile once, and every other property at least once."""
-    yield from _quick()
+    yield from _quick(arch)
+    if arch in FP8_ARCHS:
+        yield from _fp8(FP16, False, K + 16)  # a block's part in a row is 16 values
     yield from _dequantize(FP32, 4096)
     for m in (1, 16, 32, 64):
         yield from _linear(m)
@@ -199,9 +226,9 @@ def _default() -> Iterator[Case]:
     yield from _linear(MANY, FP32, FP32, rank=64)
 
 
-def _full() -> Iterator[Case]:
+def _full(arch: str) -> Iterator[Case]:
     """Yield every tile with every combination of dtypes, absmax and alignment."""
-    yield from _default()
+    yield from _default(arch)
     for dtype in (BF16, FP16):
         yield from _columns(dtype)
         yield from _gemv(dtype, False)
@@ -218,7 +245,7 @@ def cases(arch: str, scope: str = "default") -> list[Case]:
     """Return an architecture's variants: "quick" (the most demanding), "default" or "full"."""
     makers = {"quick": _quick, "default": _default, "full": _full}
     with regimes.assume(arch):
-        found = list(makers[scope]())
+        found = list(makers[scope](arch))
     distinct = {(case.kernel.__name__, _key(case)): case for case in reversed(found)}
     return list(reversed(distinct.values()))
 

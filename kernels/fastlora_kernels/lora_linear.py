@@ -5,7 +5,9 @@ Gradients, with ``ds = spans(c dy B)``: ``dx = dy W + drop(ds A)``, ``dA = ds^T 
 
 For few tokens the weight is decoded inside the product. Above a crossover (`regimes`), decoding it
 again for every tile of tokens costs more than it saves: the weight is dequantised once, `torch`
-multiplies, and the adapter is added in place. A dense weight always takes this way.
+multiplies, and the adapter is added in place. A dense weight always takes this way. With
+`weight.compute` "fp8" that product, forward and backward, has operands in 8 bits (`fp8_linear`);
+what is decoded inside the product is as exact as ever.
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlora_kernels import fp8_linear, regimes
 from fastlora_kernels import low_rank_products as low_rank
-from fastlora_kernels import regimes
 from fastlora_kernels._launch import scratch
 from fastlora_kernels.dequantize import dequantize
 from fastlora_kernels.formats import StoredWeight
@@ -58,12 +60,13 @@ def lora_linear(
         scales = (mask.scale, scaling)
         low_rank.finish(part, bias, low, second, y, low_out, scales, mask, False)
         return y, s
-    with _dense(weight, n, k, x.dtype) as matrix:
-        y = functional.linear(x, matrix, bias)
+    y, rest = _dense_y(x, weight, n, k, bias)
     if update is not None:
         part = low_rank.first_product(x, update.A, mask, True)
         low_rank.reduced(part, s, mask.scale, mask.spans)
-        low_rank.finish(y[None], None, s[None], second, y, None, (1.0, scaling), mask, False)
+        low_rank.finish(y[None], rest, s[None], second, y, None, (1.0, scaling), mask, False)
+    elif rest is not None:
+        y += rest
     return y, s
 
 
@@ -155,7 +158,19 @@ def _one_pass(
     return ds, dB
 
 
+def _dense_y(
+    x: Tensor, weight: StoredWeight, n: int, k: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``x W^T``, and the bias where it is still to be added."""
+    if weight.compute == "fp8":
+        return fp8_linear.product(x, weight, n, k, transposed=False), bias
+    with _dense(weight, n, k, x.dtype) as matrix:
+        return functional.linear(x, matrix, bias), None
+
+
 def _dense_dx(dy: Tensor, weight: StoredWeight, k: int) -> Tensor:
+    if weight.compute == "fp8":
+        return fp8_linear.product(dy, weight, dy.shape[1], k, transposed=True)
     with _dense(weight, dy.shape[1], k, dy.dtype) as matrix:
         return dy @ matrix
 

@@ -40,7 +40,7 @@ def _packed(
 
 def describe(weight: StoredWeight, n: int, k: int) -> Weight:
     """The C view of a stored weight. The caller keeps the tensors alive and the view as it is."""
-    data, absmax, nested, offset, format, blocksize = weight
+    data, absmax, nested, offset, format, blocksize, _ = weight
     if absmax is None:
         return Weight(n, k, 0, DTYPES[data.dtype], data.data_ptr())
     inner = None if nested is None else nested.data_ptr()

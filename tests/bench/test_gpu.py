@@ -27,11 +27,11 @@ def test_the_most_telling_cases_come_first_and_none_twice() -> None:
     cases = gpu_cases.all_cases()
     assert len(set(cases)) == len(cases)
     assert cases[0] == gpu_cases.Case("lora", 28672, 8192, 1, "forward")
-    assert {case.what for case in cases} == {"lora", "loha", "lokr", "dora", "adapters"}
+    assert {case.what for case in cases} == {"lora", "fp8", "loha", "lokr", "dora", "adapters"}
     assert {case.m for case in cases} == {*gpu_cases.FEW, *gpu_cases.MANY}
 
 
-@pytest.mark.parametrize("what", ["lora", "loha", "lokr", "dora", "adapters"])
+@pytest.mark.parametrize("what", ["lora", "fp8", "loha", "lokr", "dora", "adapters"])
 @pytest.mark.parametrize("step", ["forward", "forward+backward"])
 def test_every_case_runs(what: str, step: str, capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU, small, so that no slip waits for a GPU."""
@@ -39,6 +39,7 @@ def test_every_case_runs(what: str, step: str, capsys: pytest.CaptureFixture[str
     row = gpu.measure(case, "cpu", 0.01)
     assert row["ms"]["fastlora"] > 0 and row["times"]
     assert not row["left_out"]
+    assert (row["error"] is None) == (what != "fp8") and not (row["error"] or 0.0) > 0.06
     gpu.show(row)
     assert "against" in capsys.readouterr().out
 

@@ -34,6 +34,8 @@ class StoredWeight(NamedTuple):
         nested_offset: double-quantised: one float32, added to every decoded absmax. Otherwise None.
         format: ``"dense"`` or a name in `FORMATS`.
         blocksize: 4-bit: values per block. Dense: 0.
+        compute: how it is multiplied: "auto", in the dtype of the activations, or "fp8", with
+            operands in 8 bits (4-bit only); see `fastlora_kernels.fp8`.
     """
 
     data: Tensor
@@ -42,6 +44,7 @@ class StoredWeight(NamedTuple):
     nested_offset: Tensor | None
     format: str
     blocksize: int
+    compute: str = "auto"
 
 
 def decoded_absmax(weight: StoredWeight) -> Tensor:
