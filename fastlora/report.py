@@ -8,6 +8,7 @@ from torch import nn
 
 from fastlora.adapters import METHODS, magnitude
 from fastlora.dispatch import Problem, pick
+from fastlora.experts import AdapterExperts, hidden_values
 from fastlora.fuse import partners
 from fastlora.in_place import Accelerated, InPlace
 from fastlora.layers import AdapterLinear, QuantizedLinear
@@ -15,6 +16,7 @@ from fastlora.other_layers import OtherLayer
 from fastlora.patch import Record, any_record, tensor_bytes
 
 BATCH = 512  # tokens of the training batch that the backend is named for
+LOOPS = ("triton", "reference")  # backends without one kernel for all experts
 _COLUMNS = ("module", "method", "r", "scaling", "format", "backend", "shape", "bytes", "notes")
 
 
@@ -41,7 +43,8 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         A `Report`: `modules`, a list of dicts with the keys module, method, r, scaling, format,
-        backend (the one that runs a training batch of 512 tokens), shape (N, K), bytes and notes;
+        backend (the one that runs a training batch of 512 tokens), shape (N, K), or (E, N, K) of
+        an expert parameter, bytes and notes;
         `skipped`, name -> reason; `totals`, with trainable_params, all_params (4-bit weights
         counted by value, not by byte), bytes_before and bytes_after.
 
@@ -57,9 +60,14 @@ def report(model: nn.Module) -> Report:
         for name, module in model.named_modules()
         if isinstance(module, (AdapterLinear, OtherLayer))
     ]
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, AdapterExperts)}
+    modules += [
+        _expert(name, m, key) for name, m in experts.items() for key in m.fastlora_experts.shapes
+    ]
     parameters = list(model.parameters())
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     hidden = sum(m.in_features * m.out_features - m.weight.numel() for m in packed)
+    hidden += sum(map(hidden_values, experts.values()))
     totals = {
         "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
         "all_params": sum(p.numel() for p in parameters) + hidden,
@@ -131,6 +139,30 @@ def _other(name: str, module: OtherLayer) -> dict[str, Any]:
         "shape": tuple(module.weight.shape),
         "bytes": sum(p.nbytes for p in module.parameters(recurse=False)),
         "notes": "",
+    }
+
+
+def _expert(name: str, module: AdapterExperts, key: str) -> dict[str, Any]:
+    """Return the row of one parameter of fused experts."""
+    state, stored = module.fastlora_experts, module.stored(key)
+    spec, shape, params = state.specs[key], state.shapes[key], module.adapter_params(key)
+    adapter = params["lora_A"].dtype if params else None
+    device = stored.data.device.type
+    kind = (device, state.dtype, stored.format, stored.blocksize, BATCH, *shape[1:])
+    backend = _picked(
+        Problem("experts_linear", *kind, spec.r if spec else 0, adapter), state.backend
+    )
+    own = (*params.values(), *(part for part in stored[:4] if part is not None))
+    return {
+        "module": f"{name}.{key}",
+        "method": None if spec is None else spec.label,
+        "r": None if spec is None else spec.r,
+        "scaling": None if spec is None else spec.scaling,
+        "format": stored.format,
+        "backend": backend,
+        "shape": shape,
+        "bytes": sum(t.nbytes for t in own),
+        "notes": "kernels launched expert by expert" if backend in LOOPS else "",
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fastlora_kernels.experts import ExpertsUpdate
     from fastlora_kernels.formats import StoredWeight
     from fastlora_kernels.low_rank import LowRank
 
@@ -74,6 +75,42 @@ def lora_linear_backward(
     from fastlora_kernels import lora_linear as kernels
 
     return kernels.lora_linear_backward(dy, x, s, weight, update, need_dx, need_dlora)
+
+
+def experts_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    n: int,
+    bias: Tensor | None,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear`.
+
+    Not yet one kernel for all experts: the host reads `ends`, which waits for the GPU, and launches
+    the kernels of `lora_linear` for each expert that has rows.
+    """
+    from fastlora_kernels.experts import one_by_one
+
+    return one_by_one(lora_linear, x, weight, n, bias, update, ends)
+
+
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    k: int,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear_backward`; launches as the forward does."""
+    from fastlora_kernels.experts import one_by_one_backward
+
+    rest = (weight, k, update, ends, need_dx, need_dlora)
+    return one_by_one_backward(lora_linear_backward, dy, x, s, *rest)
 
 
 def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
