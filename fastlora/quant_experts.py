@@ -47,11 +47,12 @@ class QuantizedExperts:
         """
         count = self.shape[0] if len(self.shape) == 3 else 0
         rows = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
-        if count < 1 or any(part.shape[:1] != (count,) for part in rows.values()):
+        whole = all(p.shape[:1] == (count,) and p.is_contiguous() for p in rows.values())
+        if count < 1 or not whole:
             shapes = {name: tuple(part.shape) for name, part in rows.items()}
             raise ValueError(
-                f"stacked 4-bit weights must have a shape (E, N, K) and E rows in each part, got"
-                f" {self.shape} and {shapes}; pass the tensors that belong together"
+                "stacked 4-bit weights must have a shape (E, N, K) and E rows in each part, without"
+                f" gaps, got {self.shape} and {shapes}; pass the tensors that belong together"
             )
         self[0]
 
