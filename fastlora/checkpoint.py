@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,19 @@ def _read_config(path: Path) -> AdapterConfig:
     config = from_fields(fields)
     if fields.get("target_modules") is None and not fields.get("target_parameters"):
         raise ValueError(f"target_modules must be set in {path}, got none; add the module names")
+    if fields.get("target_parameters"):
+        _check_layout(path, str(fields.get("peft_version") or ""))
     return config
+
+
+def _check_layout(path: Path, version: str) -> None:
+    """Raise unless the factors of expert weights are laid out as PEFT does since 0.20."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < (0, 20):
+        raise NotImplementedError(
+            f"adapters of target_parameters must be written by PEFT 0.20 or later, but {path} is of"
+            f" {version[:20]}, which exchanged inputs and outputs; train the adapter again"
+        )
 
 
 def _check_alike(record: Record, plan: Plan) -> None:

@@ -37,12 +37,19 @@ class ExpertsPlan:
 
 
 def stacked(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters that look like weights of stacked experts."""
+    """Return the names of a module's own parameters that look like weights of several experts.
+
+    Three dimensions, in a module that counts experts or is called after them; in the latter, two
+    dimensions too, which some models use in another way.
+    """
     if isinstance(module, AdapterExperts):
         return list(projections(module))
-    experts = "expert" in type(module).__name__.lower() or hasattr(module, "num_experts")
-    own = module._parameters.items() if experts else ()
-    return [name for name, p in own if p is not None and p.dim() == 3]
+    if isinstance(module, nn.Linear):
+        return []
+    called = "expert" in type(module).__name__.lower()
+    counted = called or hasattr(module, "num_experts")
+    own = [(name, p.dim()) for name, p in module._parameters.items() if p is not None]
+    return [name for name, dim in own if (dim == 3 and counted) or (dim == 2 and called)]
 
 
 def plan_experts(

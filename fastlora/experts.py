@@ -38,7 +38,7 @@ class ExpertsState:
         specs: parameter -> its adapter, or None.
         backend: "auto", or the name of the backend that runs it.
         quant: how 4-bit weights are stored; None: they are dense.
-        dtype: dtype of the weights that the module was made from.
+        dtype: dtype of the weights that the module was made from, and that packed ones decode to.
     """
 
     shapes: dict[str, Shape]
@@ -130,9 +130,15 @@ class AdapterExperts(nn.Module):
         own: Any = self._parameters
         return {part: own[f"{name}_{part}"] for part in ("lora_A", "lora_B")}
 
+    def original_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights, or that they had before they became 4-bit."""
+        state = self.fastlora_experts
+        own = cast(Tensor, self._parameters[next(iter(state.shapes))])
+        return own.dtype if state.quant is None else state.dtype
+
     def merged_weight(self, name: str) -> Tensor:
         """Return ``W + update`` (E, N, K) in the first dtype, added in float32 expert by expert."""
-        state, dtype = self.fastlora_experts, self.fastlora_experts.dtype
+        state, dtype = self.fastlora_experts, self.original_dtype()
         wide = torch.promote_types(dtype, torch.float32)
         spec, params = state.specs[name], self.adapter_params(name)
         packed = None if state.quant is None else self.quantized(name)

@@ -148,7 +148,7 @@ def _expert(name: str, module: AdapterExperts, key: str) -> dict[str, Any]:
     spec, shape, params = state.specs[key], state.shapes[key], module.adapter_params(key)
     adapter = params["lora_A"].dtype if params else None
     device = stored.data.device.type
-    kind = (device, state.dtype, stored.format, stored.blocksize, BATCH, *shape[1:])
+    kind = (device, module.original_dtype(), stored.format, stored.blocksize, BATCH, *shape[1:])
     backend = _picked(
         Problem("experts_linear", *kind, spec.r if spec else 0, adapter), state.backend
     )
