@@ -28,8 +28,8 @@ def experts_linear(
 ) -> Tensor:
     """Return ``x_e W_e^T + bias_e + scaling (x_e A_e^T) B_e^T`` for the rows x_e of each expert e.
 
-    One call of a C++ kernel on CPUs. On GPUs the kernels of `lora_linear` are launched for each
-    expert that has rows, for which the host waits for `ends`.
+    One call of a C++ kernel on CPUs. On GPUs one launch for all experts; with more than 256 rows
+    per expert on average one expert after the other, for which the host waits for `ends`.
 
     Args:
         x: (M, K), float32, bfloat16 or float16; rows sorted by expert, see `route`.

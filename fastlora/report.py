@@ -16,7 +16,7 @@ from fastlora.other_layers import OtherLayer
 from fastlora.patch import Record, any_record, tensor_bytes
 
 BATCH = 512  # tokens of the training batch that the backend is named for
-LOOPS = ("triton", "reference")  # backends without one kernel for all experts
+LOOPS = ("reference",)  # backends without one kernel for all experts
 _COLUMNS = ("module", "method", "r", "scaling", "format", "backend", "shape", "bytes", "notes")
 
 

@@ -87,12 +87,12 @@ def experts_linear(
 ) -> tuple[Tensor, Tensor]:
     """See `fastlora.backends.reference.experts_linear`.
 
-    Not yet one kernel for all experts: the host reads `ends`, which waits for the GPU, and launches
-    the kernels of `lora_linear` for each expert that has rows.
+    One launch for all experts; with many rows per expert one after the other, for which the host
+    reads `ends` and so waits for the GPU.
     """
-    from fastlora_kernels.experts import one_by_one
+    from fastlora_kernels import experts_linear as kernels
 
-    return one_by_one(lora_linear, x, weight, n, bias, update, ends)
+    return kernels.experts_linear(x, weight, n, bias, update, ends)
 
 
 def experts_linear_backward(
@@ -107,10 +107,10 @@ def experts_linear_backward(
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastlora.backends.reference.experts_linear_backward`; launches as the forward does."""
-    from fastlora_kernels.experts import one_by_one_backward
+    from fastlora_kernels import experts_linear as kernels
 
     rest = (weight, k, update, ends, need_dx, need_dlora)
-    return one_by_one_backward(lora_linear_backward, dy, x, s, *rest)
+    return kernels.experts_linear_backward(dy, x, s, *rest)
 
 
 def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:
