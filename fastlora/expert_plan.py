@@ -131,7 +131,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
         if wrong:
             raise TypeError(
                 f"target_parameters must name weights of fused experts, but {wrong[0]!r} is not"
-                f" one: {other[wrong[0]]}; name linears in target_modules"
+                f" one: {other[wrong[0]]}; leave it out, and name linears in target_modules"
             )
         if not any(matches((target,), full) for full in good):
             raise ValueError(
