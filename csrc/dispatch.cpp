@@ -109,6 +109,15 @@ bool valid_group(int32_t dtype, int64_t m, int32_t count, const fastlora_weight*
   return count > 0;
 }
 
+bool valid_experts(int32_t dtype, int64_t m, int64_t count, const int64_t* ends, const fastlora_weight* w,
+                   const fastlora_lora* lora, int32_t threads) {
+  if (!valid(dtype, m, w, lora, threads) || lora->seed || lora->spans || count < 1) return false;
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; last = ends[i++])
+    if (ends[i] < last || ends[i] > m) return false;
+  return true;
+}
+
 }  // namespace
 
 void* scratch(ScratchSlot slot, size_t bytes) {
@@ -169,6 +178,24 @@ int32_t fastlora_lora_group_backward(int32_t dtype, int64_t m, int32_t count, co
                                      void* const* db, int32_t threads) {
   if (!fastlora::valid_group(dtype, m, count, w, lora, threads)) return FASTLORA_EINVAL;
   fastlora::kernels().lora_group_backward(dtype, m, count, dy, lddy, x, ldx, s, w, lora, dx, da, db, threads);
+  return 0;
+}
+
+int32_t fastlora_lora_experts(int32_t dtype, int64_t m, const void* x, int64_t ldx, int64_t count, const int64_t* ends,
+                              const fastlora_weight* w, const float* bias, const fastlora_lora* lora, float* s,
+                              void* y, int32_t threads) {
+  if (!fastlora::valid_experts(dtype, m, count, ends, w, lora, threads)) return FASTLORA_EINVAL;
+  if (m && w->n) fastlora::kernels().lora_experts(dtype, m, x, ldx, count, ends, *w, bias, *lora, s, y, threads);
+  return 0;
+}
+
+int32_t fastlora_lora_experts_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x,
+                                       int64_t ldx, const float* s, int64_t count, const int64_t* ends,
+                                       const fastlora_weight* w, const fastlora_lora* lora, void* dx, void* da,
+                                       void* db, int32_t threads) {
+  if (!fastlora::valid_experts(dtype, m, count, ends, w, lora, threads)) return FASTLORA_EINVAL;
+  fastlora::kernels().lora_experts_backward(dtype, m, dy, lddy, x, ldx, s, count, ends, *w, *lora, dx, da, db,
+                                            threads);
   return 0;
 }
 

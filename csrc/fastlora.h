@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define FASTLORA_API __attribute__((visibility("default")))
-#define FASTLORA_ABI 4
+#define FASTLORA_ABI 5
 #define FASTLORA_EINVAL 1
 
 #ifdef __cplusplus
@@ -81,6 +81,21 @@ FASTLORA_API int32_t fastlora_lora_group_backward(int32_t dtype, int64_t m, int3
                                                   const float* const* s, const fastlora_weight* w,
                                                   const fastlora_lora* lora, void* dx, void* da, void* const* db,
                                                   int32_t threads);
+
+// Mixtures of experts: `count` weights of one shape, of which `w` is the first; in each of its arrays (data, absmax,
+// nested_absmax, nested_offset) and in those of `lora` and `bias` the next expert's values follow at once. Rows of x are
+// sorted by expert; ends (count) ascend to at most m: expert e has the rows from ends[e - 1] up to ends[e]. Outputs are
+// those of fastlora_lora_linear for each expert's rows, and zero in rows of none. No dropout, no spans.
+FASTLORA_API int32_t fastlora_lora_experts(int32_t dtype, int64_t m, const void* x, int64_t ldx, int64_t count,
+                                           const int64_t* ends, const fastlora_weight* w, const float* bias,
+                                           const fastlora_lora* lora, float* s, void* y, int32_t threads);
+
+// Its gradients: dx (m, k), da (count, r, k), db (count, n, r), zero where an expert has no rows; each may be NULL.
+FASTLORA_API int32_t fastlora_lora_experts_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy,
+                                                    const void* x, int64_t ldx, const float* s, int64_t count,
+                                                    const int64_t* ends, const fastlora_weight* w,
+                                                    const fastlora_lora* lora, void* dx, void* da, void* db,
+                                                    int32_t threads);
 
 // out (m, n) float = x (m, k) W^T, x of dtype F32 or `dtype`, W decoded to `dtype`; sums as exact as float allows.
 FASTLORA_API int32_t fastlora_weight_dots(int32_t dtype, int32_t x_dtype, int64_t m, const void* x,

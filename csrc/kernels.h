@@ -20,6 +20,12 @@ struct Kernels {
   void (*lora_group_backward)(int32_t dtype, int64_t m, int count, const void* const* dy, const int64_t* lddy,
                               const void* x, int64_t ldx, const float* const* s, const fastlora_weight* w,
                               const fastlora_lora* lora, void* dx, void* da, void* const* db, int threads);
+  void (*lora_experts)(int32_t dtype, int64_t m, const void* x, int64_t ldx, int64_t count, const int64_t* ends,
+                       const fastlora_weight& w, const float* bias, const fastlora_lora& lora, float* s, void* y,
+                       int threads);
+  void (*lora_experts_backward)(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
+                                const float* s, int64_t count, const int64_t* ends, const fastlora_weight& w,
+                                const fastlora_lora& lora, void* dx, void* da, void* db, int threads);
   void (*quantize_4bit)(int32_t dtype, int64_t n, const void* x, const float* thresholds, const uint8_t* order,
                         int64_t blocksize, uint8_t* packed, float* absmax, int threads);
   void (*weight_dots)(int32_t dtype, int32_t x_dtype, int64_t m, const void* x, const fastlora_weight& w, float* out,

@@ -1,5 +1,5 @@
 // Every kernel of one instruction set and the table that dispatch.cpp picks. The including file sets FASTLORA_ISA.
-#include "vec_trick.inl.h"
+#include "experts.inl.h"
 #include "quantize.inl.h"
 
 namespace fastlora {
@@ -8,7 +8,7 @@ namespace FASTLORA_ISA {
 #define FASTLORA_NAME_(isa) #isa
 #define FASTLORA_NAME(isa) FASTLORA_NAME_(isa)
 extern const Kernels kernels;
-const Kernels kernels = {FASTLORA_NAME(FASTLORA_ISA), lora_linear, lora_linear_backward, lora_group, lora_group_backward, quantize_4bit, weight_dots, weight_squares, row_norms, scaled_linear,
+const Kernels kernels = {FASTLORA_NAME(FASTLORA_ISA), lora_linear, lora_linear_backward, lora_group, lora_group_backward, lora_experts, lora_experts_backward, quantize_4bit, weight_dots, weight_squares, row_norms, scaled_linear,
                          scale_columns, scale_columns_backward, products, products_backward, kron_linear, kron_linear_backward, dequantize_4bit};
 
 }  // namespace FASTLORA_ISA

@@ -10,9 +10,11 @@ from fastlora.adapters.lora import LoraConfig
 from fastlora.checkpoint import load_adapter, save_adapter
 from fastlora.functional import dora_linear, lora_linear, multi_lora_linear
 from fastlora.fuse import fuse_groups
+from fastlora.grouped import experts_linear
 from fastlora.patch import merge, patch_model, unpatch
 from fastlora.products import hada_linear, kron_linear
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
+from fastlora.quant_experts import QuantizedExperts, quantize_experts
 from fastlora.report import report
 
 _LATER = {
@@ -37,9 +39,11 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "QuantConfig",
+    "QuantizedExperts",
     "QuantizedWeight",
     "__version__",
     "dora_linear",
+    "experts_linear",
     "from_pretrained",
     "fuse_groups",
     "hada_linear",
@@ -50,6 +54,7 @@ __all__ = [
     "multi_lora_linear",
     "patch_model",
     "quantize_4bit",
+    "quantize_experts",
     "report",
     "save_adapter",
     "save_quantized",

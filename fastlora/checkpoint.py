@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapter_files
+from fastlora import adapter_files, expert_files
 from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec
 from fastlora.config import from_fields
 from fastlora.patch import Record, apply_plan, check_arguments, find_record, the_record
@@ -96,8 +97,14 @@ def load_adapter(
     if record is None:
         record = apply_plan(model, plan, config, quant, backend, 0)
     with torch.no_grad():
-        for key, live in _live_tensors(model, record.plan).items():
+        for key, live in {
+            **_layer_tensors(model, record.plan),
+            **_whole_tensors(model, record.plan),
+        }.items():
             live.copy_(tensors[key])
+        for entry in expert_files.entries(record.plan.experts):
+            stored = expert_files.from_file(entry, tensors[PREFIX + entry.key])
+            model.get_parameter(f"{entry.module}.{entry.parameter}").copy_(stored)
     return model
 
 
@@ -138,13 +145,24 @@ def _bias_key(name: str, plan: Plan) -> str:
 
 def _live_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Return key -> tensor of everything that an adapter file of a patched model holds."""
+    experts = {
+        PREFIX + entry.key: expert_files.to_file(
+            entry, model.get_parameter(f"{entry.module}.{entry.parameter}")
+        )
+        for entry in expert_files.entries(plan.experts)
+    }
+    return {**_layer_tensors(model, plan), **experts, **_whole_tensors(model, plan)}
+
+
+def _layer_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return key -> tensor, sharing memory, of the adapters of modules."""
     tensors: dict[str, Tensor] = {}
     for name, spec in plan.adapted.items():
         module = model.get_submodule(name)
         for parameter, key in _adapter_keys(name, spec).items():
             live = getattr(module, parameter)
             tensors[key] = live.view(METHODS[spec.method].file_shape(spec, parameter))
-    return {**tensors, **_whole_tensors(model, plan)}
+    return tensors
 
 
 def _whole_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -165,6 +183,8 @@ def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
         keys = _adapter_keys(name, spec)
         method = METHODS[spec.method]
         shapes.update({keys[p]: method.file_shape(spec, p) for p in spec.shapes})
+    for entry in expert_files.entries(plan.experts):
+        shapes[PREFIX + entry.key] = expert_files.file_shape(entry)
     whole = _whole_tensors(model, plan).items()
     return {**shapes, **{key: tuple(tensor.shape) for key, tensor in whole}}
 
@@ -201,21 +221,34 @@ def _some(keys: list[str]) -> str:
 def _read_config(path: Path) -> AdapterConfig:
     fields = adapter_files.read_json(path)
     config = from_fields(fields)
-    if fields.get("target_modules") is None:
+    if fields.get("target_modules") is None and not fields.get("target_parameters"):
         raise ValueError(f"target_modules must be set in {path}, got none; add the module names")
+    if fields.get("target_parameters"):
+        _check_layout(path, str(fields.get("peft_version") or ""))
     return config
+
+
+def _check_layout(path: Path, version: str) -> None:
+    """Raise unless the factors of expert weights are laid out as PEFT does since 0.20."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < (0, 20):
+        raise NotImplementedError(
+            f"adapters of target_parameters must be written by PEFT 0.20 or later, but {path} is of"
+            f" {version[:20]}, which exchanged inputs and outputs; train the adapter again"
+        )
 
 
 def _check_alike(record: Record, plan: Plan) -> None:
     """Raise unless a patched model has the adapter that a file's config describes."""
     live = record.plan
-    if not live.adapted:
+    if not live.adapted and not live.parameters:
         raise ValueError(
             "the model must have an adapter or not be patched at all, but it is only quantised;"
             " load the file on the first model, with quantize="
         )
     for what, ours, theirs in (
         ("adapted modules", sorted(live.adapted), sorted(plan.adapted)),
+        ("adapted parameters", sorted(live.parameters), sorted(plan.parameters)),
         ("modules_to_save", sorted(live.saved), sorted(plan.saved)),
         ("trained biases", sorted(live.bias), sorted(plan.bias)),
     ):
@@ -225,8 +258,9 @@ def _check_alike(record: Record, plan: Plan) -> None:
                 f"the model must be patched as the adapter file says, but their {what} differ in"
                 f" {_some(differ)}; load the file on a model that is not patched"
             )
-    for name, spec in plan.adapted.items():
-        mine, filed = _description(live.adapted[name]), _description(spec)
+    mine_all = {**live.adapted, **live.parameters}
+    for name, spec in {**plan.adapted, **plan.parameters}.items():
+        mine, filed = _description(mine_all[name]), _description(spec)
         if mine != filed:
             raise ValueError(
                 f"the model must be patched as the adapter file says, but {name} has {mine} and the"

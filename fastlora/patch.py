@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastlora.adapters import METHODS, AdapterConfig, method_of
 from fastlora.config import as_config
 from fastlora.dispatch import check_backend, check_compute
+from fastlora.experts import AdapterExperts, to_experts, to_plain_experts
 from fastlora.fuse import unfuse
 from fastlora.in_place import InPlace, accelerate, restore
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
@@ -71,11 +72,11 @@ def patch_model(
     and methods.
 
     With a config its targets get adapters, and all other parameters are frozen. `quantize` stores
-    every nn.Linear in 4 bits, targets or not, but the output head (`get_output_embeddings()`); a
-    model that does not know its head gets 4-bit weights only in the targets, or, without a config,
-    in every nn.Linear. Without a config nothing else is frozen. Weights that two modules share are
-    left alone unless `target_modules` names them, and are never quantised. Everything is checked
-    first: after an error the model is as it was.
+    every nn.Linear in 4 bits, targets or not, but the output head (`get_output_embeddings()`), and
+    fused experts of transformers; a model that does not know its head gets 4-bit weights only in
+    the targets, or, without a config, in every nn.Linear. Without a config nothing else is frozen.
+    Weights that two modules share are left alone unless `target_modules` names them, and are never
+    quantised. Everything is checked first: after an error the model is as it was.
 
     Args:
         model: any nn.Module that contains nn.Linear modules.
@@ -137,6 +138,9 @@ def _add_adapters(
     for name, spec in before.plan.specs.items():
         plan.specs.setdefault(name, spec)
         plan.skipped.pop(name, None)
+    for name, part in before.plan.experts.items():
+        plan.experts.setdefault(name, part).quant = part.quant
+        plan.skipped.pop(name, None)
     record.nbytes, record.trained = before.nbytes, before.trained
     record.attributes = [*before.attributes, *record.attributes]
     record.forget = before.forget
@@ -182,7 +186,7 @@ def find_record(model: nn.Module) -> Record | InPlace | None:
     if isinstance(record, (Record, InPlace)):
         return record
     for name, part in model.named_modules():
-        if isinstance(part, (AdapterLinear, OtherLayer)) or hasattr(part, RECORD):
+        if isinstance(part, (AdapterLinear, OtherLayer, AdapterExperts)) or hasattr(part, RECORD):
             raise ValueError(
                 f"the model must be the one that was patched, but only its part {name!r} is"
                 " patched; pass that part, or unpatch it first"
@@ -241,6 +245,13 @@ def apply_plan(
             to_other_layer(layer, spec, params)
         else:
             to_adapter_linear(layer, spec, params, plan.quant.get(name), backend, compute)
+    for name, part in plan.experts.items():
+        first = {
+            key: method_of(config).init(config, own, generator)
+            for key, own in part.adapted.items()
+            if config is not None
+        }
+        to_experts(model.get_submodule(name), part.specs, first, part.quant, backend)
     for name in plan.saved:
         original = model.get_submodule(name)
         record.originals[name] = original
@@ -294,9 +305,9 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         restore(model)
         delattr(model, RECORD)
         return model
-    if record.plan.quant and not dequantize:
+    if record.plan.packed and not dequantize:
         raise ValueError(
-            f"unpatch can't bring back {len(record.plan.quant)} dense weights that were replaced by"
+            f"unpatch can't bring back {record.plan.packed} dense weights that were replaced by"
             " 4-bit ones; pass dequantize=True to get their decoded values, or reload the model"
         )
     unfuse(model)
@@ -307,6 +318,8 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
             to_linear(module, module.weight if is_dense else module.dense_weight())
         elif isinstance(module, OtherLayer):
             to_plain(module, module.weight)
+    for name in record.plan.experts:
+        to_plain_experts(model.get_submodule(name), merged=False)
     for name, original in record.originals.items():
         reference = next(model.get_submodule(name).parameters(), None)
         _replace(model, name, original if reference is None else original.to(reference.device))
@@ -341,6 +354,8 @@ def merge(model: nn.Module) -> nn.Module:
             to_linear(module, module.merged_weight())
         elif isinstance(module, OtherLayer):
             to_plain(module, module.merged_weight())
+    for name in record.plan.experts:
+        to_plain_experts(model.get_submodule(name), merged=True)
     _finish(model, record)
     return model
 

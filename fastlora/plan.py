@@ -13,6 +13,8 @@ from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, method_of
 from fastlora.adapters.targets import matches
 from fastlora.checks import FLOATS
 from fastlora.dispatch import Problem, pick
+from fastlora.expert_plan import ExpertsPlan, plan_experts
+from fastlora.experts import AdapterExperts
 from fastlora.layers import AdapterLinear, QuantizedLinear
 from fastlora.other_layers import can_adapt, spec_of
 from fastlora.quant import QuantConfig
@@ -36,6 +38,7 @@ class Plan:
         notes: name of an adapted linear -> what else is to be said of it.
         saved: names of the modules that are trained whole.
         bias: names of the bias parameters to train.
+        experts: what to do with each module of fused experts.
     """
 
     specs: dict[str, AdapterSpec | None] = field(default_factory=dict)
@@ -44,6 +47,21 @@ class Plan:
     notes: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     bias: list[str] = field(default_factory=list)
+    experts: dict[str, ExpertsPlan] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> int:
+        """How many layers are stored in 4 bits."""
+        return len(self.quant) + sum(part.quant is not None for part in self.experts.values())
+
+    @property
+    def parameters(self) -> dict[str, AdapterSpec]:
+        """The expert weights that get an adapter, by the names of the parameters."""
+        return {
+            f"{name}.{key}": spec
+            for name, part in self.experts.items()
+            for key, spec in part.adapted.items()
+        }
 
     @property
     def adapted(self) -> dict[str, AdapterSpec]:
@@ -92,6 +110,11 @@ def make_plan(
                 _place_other(plan, name, module, config, tied)
         else:
             _place(plan, name, module, config, quant, reasons.get(name), explicit)
+    every = config is None or has_head
+    kept = _kept_whole(model, plan.saved, tied)
+    found = plan_experts(model, config, quant, every, kept, backend)
+    plan.experts = found[0]
+    plan.skipped.update(found[1])
     _check_matched(model, config, plan)
     for name, spec in plan.specs.items():
         if not can_adapt(model.get_submodule(name)):
@@ -120,6 +143,20 @@ def _place_other(
             " another module's; exclude it"
         )
     plan.specs[name] = spec_of(config, name, module)
+
+
+def _kept_whole(model: nn.Module, saved: list[str], tied: set[int]) -> dict[str, str]:
+    """Return modules whose own parameters must stay as they are -> why."""
+    reasons: dict[str, str] = {}
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, module in model.named_modules():
+        if any(name == other or name.startswith(other + ".") for other in saved):
+            reasons[name] = "trained whole"
+        elif any(id(p) in tied for p in module._parameters.values()):
+            reasons[name] = "its weight is tied to another module's"
+        elif any(part in kept for part in name.split(".")):
+            reasons[name] = "the model keeps it in float32"
+    return reasons
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -175,13 +212,20 @@ def _saved_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     nested = [n for n in found if any(n.startswith(other + ".") for other in found)]
     chosen = [name for name in found if name not in nested]
     for name in chosen:
-        packed = [m for m in model.get_submodule(name).modules() if isinstance(m, QuantizedLinear)]
+        packed = [m for m in model.get_submodule(name).modules() if is_packed(m)]
         if packed:
             raise ValueError(
                 f"a module that is trained whole must have dense weights, but {name!r} has"
                 f" {len(packed)} in 4 bits; name it in skip_modules when the model is loaded"
             )
     return chosen
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a module's own weights are in 4 bits."""
+    if isinstance(module, AdapterExperts):
+        return module.fastlora_experts.quant is not None
+    return isinstance(module, QuantizedLinear)
 
 
 def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str, str]:
@@ -216,7 +260,9 @@ def _foreign(name: str, module: nn.Linear) -> str | None:
 
 
 def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -> None:
-    if plan.specs if config is None else plan.adapted:
+    if config is None and (plan.specs or plan.experts):
+        return
+    if plan.adapted or (plan.parameters and config is not None and not config.target_modules):
         return
     names = sorted({_short(name) for name in linears(model)})
     asked = "linears" if config is None else f"target_modules={config.target_modules!r}"

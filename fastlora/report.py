@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.adapters import METHODS, magnitude
 from fastlora.dispatch import Problem, pick
+from fastlora.experts import AdapterExperts, hidden_values
 from fastlora.fuse import partners
 from fastlora.in_place import Accelerated, InPlace
 from fastlora.layers import AdapterLinear, QuantizedLinear
@@ -20,6 +21,8 @@ from fastlora.patch import Record, any_record, tensor_bytes
 BATCH = 512  # tokens of the training batch that the backend is named for
 ROWS = 8  # tokens with which the error of fp8 compute is measured
 DENSE = "not in fp8: its weight is dense"
+EXPERTS = "not in fp8: fused experts are computed in the dtype of their input"
+LOOPS = ("reference",)  # backends without one kernel for all experts
 _COLUMNS = ("module", "method", "r", "scaling", "format", "backend", "shape", "bytes", "notes")
 
 
@@ -48,9 +51,10 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         A `Report`: `modules`, a list of dicts with the keys module, method, r, scaling, format,
-        backend (the one that runs a training batch of 512 tokens), shape (N, K), bytes, fp8_error
-        and notes; `skipped`, name -> reason; `totals`, with trainable_params, all_params (4-bit
-        weights counted by value, not by byte), bytes_before, bytes_after and the largest fp8_error.
+        backend (the one that runs a training batch of 512 tokens), shape (N, K), or (E, N, K) of
+        an expert parameter, bytes, fp8_error and notes; `skipped`, name -> reason; `totals`, with
+        trainable_params, all_params (4-bit weights counted by value, not by byte), bytes_before,
+        bytes_after and the largest fp8_error.
 
         An fp8_error, None without fp8 compute, is measured: the root mean square of the difference
         that 8 bits make to a layer's product with 8 normal random tokens, relative to the product;
@@ -70,8 +74,15 @@ def report(model: nn.Module) -> Report:
         for name, module in model.named_modules()
         if isinstance(module, (AdapterLinear, OtherLayer))
     ]
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, AdapterExperts)}
+    modules += [
+        _expert(name, m, key, record)
+        for name, m in experts.items()
+        for key in m.fastlora_experts.shapes
+    ]
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     hidden = sum(m.in_features * m.out_features - m.weight.numel() for m in packed)
+    hidden += sum(map(hidden_values, experts.values()))
     totals = _totals(model, hidden, record.nbytes, modules)
     return Report(modules=modules, skipped=dict(record.plan.skipped), totals=totals)
 
@@ -169,6 +180,33 @@ def _other(name: str, module: OtherLayer, record: Record) -> dict[str, Any]:
         "bytes": sum(p.nbytes for p in module.parameters(recurse=False)),
         "fp8_error": None,
         "notes": DENSE if record.compute == "fp8" else "",
+    }
+
+
+def _expert(name: str, module: AdapterExperts, key: str, record: Record) -> dict[str, Any]:
+    """Return the row of one parameter of fused experts."""
+    state, stored = module.fastlora_experts, module.stored(key)
+    spec, shape, params = state.specs[key], state.shapes[key], module.adapter_params(key)
+    adapter = params["lora_A"].dtype if params else None
+    device = stored.data.device.type
+    kind = (device, module.original_dtype(), stored.format, stored.blocksize, BATCH, *shape[1:])
+    backend = _picked(
+        Problem("experts_linear", *kind, spec.r if spec else 0, adapter), state.backend
+    )
+    own = (*params.values(), *(part for part in stored[:4] if part is not None))
+    notes = ["kernels launched expert by expert"] if backend in LOOPS else []
+    notes += [EXPERTS] if record.compute == "fp8" else []
+    return {
+        "module": f"{name}.{key}",
+        "method": None if spec is None else spec.label,
+        "r": None if spec is None else spec.r,
+        "scaling": None if spec is None else spec.scaling,
+        "format": stored.format,
+        "backend": backend,
+        "shape": shape,
+        "bytes": sum(t.nbytes for t in own),
+        "fp8_error": None,
+        "notes": "; ".join(notes),
     }
 
 

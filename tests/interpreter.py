@@ -51,6 +51,7 @@ def prepare() -> None:
         import_module("triton.experimental.gluon")  # triton imports it at the first launch
         import_module("fastlora_kernels.lora_linear")
         import_module("fastlora_kernels.columns")
+        import_module("fastlora_kernels.experts_linear")
         import_module("fastlora_kernels.fp8_linear")
         install()
     finally:

@@ -17,14 +17,14 @@ PACKAGE = Path(str(files(fastlora)))
 KERNELS = Path(native.__file__).parent
 # Lowest first: a module imports only from its own layer or from those before it.
 LAYERS = [
-    ["bnb_format", "bnb_live", "quant", "backends"],
-    ["weight_checks", "dispatch", "checks"],
+    ["bnb_format", "bnb_live", "quant", "quant_experts", "backends"],
+    ["weight_checks", "dispatch", "checks", "expert_checks"],
     ["ops"],
-    ["kron", "factors", "multi", "operands", "functional", "products"],
+    ["kron", "factors", "multi", "operands", "functional", "products", "grouped"],
     ["adapters"],
-    ["config", "layers", "other_layers"],
-    ["sharing", "fuse", "in_place", "plan", "patch", "report"],
-    ["adapter_files", "checkpoint", "tune"],
+    ["config", "layers", "other_layers", "experts"],
+    ["sharing", "fuse", "in_place", "expert_plan", "plan", "patch", "report"],
+    ["adapter_files", "expert_files", "checkpoint", "tune"],
     ["__init__"],
     ["integrations"],
     ["train", "nano"],

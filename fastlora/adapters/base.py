@@ -51,7 +51,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            self._set(name, _names(name, getattr(self, name)))
+            self._set(name, check_names(name, getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lower() != "all-linear":
@@ -175,7 +175,7 @@ def check_dropout(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 0 and below 1, got {value}; pass another")
 
 
-def _names(field_name: str, value: Any) -> str | tuple[str, ...] | None:
+def check_names(field_name: str, value: Any) -> str | tuple[str, ...] | None:
     """Return a str as it is and a collection of names as a tuple; a set comes in sorted order."""
     if value is None or isinstance(value, str):
         return value

@@ -7,7 +7,7 @@ arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import magnitude
-from fastlora.adapters.base import AdapterConfig, check_alpha, check_dropout, check_flag
+from fastlora.adapters.base import (
+    AdapterConfig,
+    check_alpha,
+    check_dropout,
+    check_flag,
+    check_names,
+)
 from fastlora.adapters.method import AdapterSpec, Method, uniform
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -36,6 +42,9 @@ class LoraConfig(AdapterConfig):
         use_dora: give each output a magnitude of its own, see `fastlora.adapters.magnitude`.
         init_lora_weights: True: A uniform as nn.Linear, B zero; "gaussian": A normal with standard
             deviation 1 / r, B zero; False: both uniform, so the update is not zero at first.
+        target_parameters: list of names or ends of names of fused expert weights, parameters of
+            three dimensions, such as "mlp.experts.gate_up_proj". With it and without
+            target_modules no linear is adapted.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -51,6 +60,7 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +75,26 @@ class LoraConfig(AdapterConfig):
                 f"init_lora_weights must be one of {list(INITS)}, got {self.init_lora_weights!r};"
                 " pass one of these"
             )
+        names = check_names("target_parameters", self.target_parameters)
+        self._set("target_parameters", names or None)
+        if self.target_parameters:
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Raise unless the other fields are possible for parameters; PEFT has the same limits."""
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}; put it"
+                " in a list"
+            )
+        for name, value in (("lora_dropout", 0.0), ("use_dora", False), ("bias", "none")):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value!r} together with target_parameters, got"
+                    f" {getattr(self, name)!r}; leave it out or adapt linears alone"
+                )
+        if self.target_modules is None:
+            self._set("target_modules", ())
 
 
 class Lora(Method):
@@ -104,6 +134,21 @@ class Lora(Method):
             self.name, r, alpha, scaling, {EMBEDDING_A: (r, count), EMBEDDING_B: (width, r)}
         )
 
+    def experts_spec(
+        self, config: LoraConfig, name: str, shape: tuple[int, int, int]
+    ) -> AdapterSpec:
+        """Return rank, scaling and shapes for expert weights (E, N, K): A (E, r, K), B (E, N, r).
+
+        Args:
+            config: the config.
+            name: the parameter's name.
+            shape: (E, N, K).
+        """
+        r, alpha, scaling = self._scaling(config, name)
+        e, n, k = shape
+        shapes = {"lora_A": (e, r, k), "lora_B": (e, n, r)}
+        return AdapterSpec(self.name, r, alpha, scaling, shapes)
+
     def _scaling(self, config: LoraConfig, name: str) -> tuple[int, float, float]:
         r, alpha = config.rank_of(name), config.alpha_of(name)
         return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -129,9 +174,9 @@ class Lora(Method):
         if config.init_lora_weights == "gaussian":
             lora_A.normal_(std=1 / spec.r, generator=generator)
             return values
-        uniform(lora_A, generator)
-        if config.init_lora_weights is False:
-            uniform(lora_B, generator)
+        uniform(lora_A, generator, columns=lora_A.shape[-1])
+        if config.init_lora_weights is False:  # of experts PEFT has one B for all: (N, r E)
+            uniform(lora_B, generator, columns=lora_B.numel() // lora_B.shape[-2])
         return values
 
     def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -183,10 +183,15 @@ class Method(ABC):
         return total
 
 
-def uniform(tensor: Tensor, generator: torch.Generator) -> None:
+def uniform(tensor: Tensor, generator: torch.Generator, columns: int = 0) -> None:
     """Fill a parameter as nn.Linear does its weight: between -1 and 1 over the root of its columns.
+
+    Args:
+        tensor: the parameter.
+        generator: of the values.
+        columns: how many columns count; 0: its own.
 
     Source: He et al. 2015, arXiv:1502.01852, with PyTorch's and PEFT's a = sqrt(5).
     """
-    bound = 1 / math.sqrt(tensor.shape[1])
+    bound = 1 / math.sqrt(columns or tensor.shape[1])
     tensor.uniform_(-bound, bound, generator=generator)

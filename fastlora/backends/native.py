@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from fastlora_kernels import fp8, native, native_group
+from fastlora_kernels import fp8, native, native_experts, native_group
+from fastlora_kernels.experts import ExpertsUpdate
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.native_columns import (
@@ -26,6 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 __all__ = [
     "PRIORITY",
     "dequantize",
+    "experts_linear",
+    "experts_linear_backward",
     "lora_linear",
     "lora_linear_backward",
     "scale_columns",
@@ -110,6 +113,34 @@ def lora_group_backward(
     """Return dx (M, K), summed over the linears, and each one's dA and dB or None."""
     n = [dy.shape[1] for dy in dys]
     return native_group.lora_group_backward(dys, x, ss, weights, n, updates, need_dx, need_dlora)
+
+
+def experts_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    n: int,
+    bias: Tensor | None,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear`; one call for all experts."""
+    return native_experts.experts_linear(x, weight, n, bias, update, ends)
+
+
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    k: int,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear_backward`; one call for all experts."""
+    rest = (weight, k, update, ends, need_dx, need_dlora)
+    return native_experts.experts_linear_backward(dy, x, s, *rest)
 
 
 def dequantize(weight: StoredWeight, n: int, k: int, dtype: torch.dtype) -> Tensor:

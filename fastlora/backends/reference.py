@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from fastlora_kernels import fp8
+from fastlora_kernels.experts import ExpertsUpdate, one_by_one, one_by_one_backward
 from fastlora_kernels.formats import StoredWeight, dequantize
 from fastlora_kernels.low_rank import LowRank, keep_mask, keep_scale, span_mask
 from torch import Tensor
@@ -27,6 +28,8 @@ __all__ = [
     "PRIORITY",
     "dequantize",
     "drop",
+    "experts_linear",
+    "experts_linear_backward",
     "lora_linear",
     "lora_linear_backward",
     "scale_columns",
@@ -117,6 +120,46 @@ def lora_linear_backward(
         dA = (ds.t() @ dropped.to(ds.dtype)) * scale
         dB = (dy.to(ds.dtype).t() @ s.to(ds.dtype)) * update.scaling
     return dx, dA, dB
+
+
+def experts_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    n: int,
+    bias: Tensor | None,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return `lora_linear` of each expert's rows with its own weight, bias and update.
+
+    Args:
+        x: (M, K), rows sorted by expert.
+        weight: the stacked (N, K) weights, see `fastlora_kernels.experts.expert_weight`.
+        n: N.
+        bias: (E, N) in x's dtype, or None.
+        update: the low-rank terms, or None.
+        ends: (E,) int64, the row after each expert's last.
+
+    Returns:
+        y (M, N) in x's dtype and s (M, r); zero in the rows of no expert.
+    """
+    return one_by_one(lora_linear, x, weight, n, bias, update, ends)
+
+
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    k: int,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx (M, K), dA (E, r, K) and dB (E, N, r): `lora_linear_backward` per expert."""
+    rest = (weight, k, update, ends, need_dx, need_dlora)
+    return one_by_one_backward(lora_linear_backward, dy, x, s, *rest)
 
 
 def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:

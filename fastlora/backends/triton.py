@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fastlora_kernels.experts import ExpertsUpdate
     from fastlora_kernels.formats import StoredWeight
     from fastlora_kernels.low_rank import LowRank
 
@@ -88,6 +89,42 @@ def lora_linear_backward(
     from fastlora_kernels import lora_linear as kernels
 
     return kernels.lora_linear_backward(dy, x, s, weight, update, need_dx, need_dlora)
+
+
+def experts_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    n: int,
+    bias: Tensor | None,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear`.
+
+    One launch for all experts; with many rows per expert one after the other, for which the host
+    reads `ends` and so waits for the GPU.
+    """
+    from fastlora_kernels import experts_linear as kernels
+
+    return kernels.experts_linear(x, weight, n, bias, update, ends)
+
+
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: StoredWeight,
+    k: int,
+    update: ExpertsUpdate | None,
+    ends: Tensor,
+    need_dx: bool,
+    need_dlora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fastlora.backends.reference.experts_linear_backward`; launches as the forward does."""
+    from fastlora_kernels import experts_linear as kernels
+
+    rest = (weight, k, update, ends, need_dx, need_dlora)
+    return kernels.experts_linear_backward(dy, x, s, *rest)
 
 
 def weight_dots(a: Tensor, weight: StoredWeight, n: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from fastlora_kernels.formats import FORMATS
 from torch import nn
 
 from fastlora.dispatch import check_compute
+from fastlora.experts import AdapterExperts
 from fastlora.integrations.quantizer import FastLoraQuantConfig
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear
@@ -43,7 +44,8 @@ def from_pretrained(
 
     The checkpoint is read tensor by tensor; each linear's weight is packed as it comes and the
     dense one dropped. Beside the packed model no more memory is used than the largest tensor takes
-    in the checkpoint and in float32, and about 64 MiB. A checkpoint that bitsandbytes, or
+    in the checkpoint and in float32, and about 64 MiB; fused experts are packed when all of a
+    layer's have come, which takes their parameter three times. A checkpoint that bitsandbytes, or
     `save_quantized`, has packed is read as it is.
 
     Args:
@@ -176,7 +178,7 @@ def save_quantized(
         overwrite: replace what is there.
 
     Raises:
-        ValueError: the model is not patched or has no 4-bit weight.
+        ValueError: the model is not patched, has no 4-bit weight, or has 4-bit experts.
         TypeError: it is no model of transformers.
         FileExistsError: the directory exists.
     """
@@ -189,6 +191,13 @@ def save_quantized(
     packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not packed:
         raise ValueError("save_quantized needs 4-bit weights, but the model has none; quantise it")
+    experts = [name for name, m in model.named_modules() if isinstance(m, AdapterExperts)]
+    if experts:
+        raise ValueError(
+            f"save_quantized takes 4-bit linears alone, but {experts[0]!r} holds fused experts, for"
+            " which bitsandbytes has no format; save the adapter, and quantise the base again when"
+            " it is loaded"
+        )
     target = Path(directory)
     if target.exists() and not overwrite:
         raise FileExistsError(

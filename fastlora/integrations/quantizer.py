@@ -18,11 +18,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastlora.adapters import Cache
+from fastlora.expert_plan import ExpertsPlan, stacked
+from fastlora.experts import AdapterExperts, begin, projections, refusal, set_quantized
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear, to_adapter_linear
 from fastlora.patch import RECORD, Record, tensor_bytes
 from fastlora.plan import Plan, linears
 from fastlora.quant import QuantConfig, QuantizedWeight
+from fastlora.quant_experts import quantize_experts
 
 METHOD = "fastlora"
 _KEPT = "_fastlora_buffers"  # of a layer until the end of loading: transformers empties them
@@ -74,18 +77,41 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         done = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
-            module, _part = get_module_from_name(model, name)
+            module, part = get_module_from_name(model, name)
             if not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
                 raise ValueError(
                     f"the weight {name!r} must be finite, but it holds NaN or infinity; repair the"
                     " checkpoint"
                 )
-            module.weight = nn.Parameter(value, requires_grad=False)
             config = self.quantizer.quantization_config
+            if part != "weight":
+                done[name] = _pack_experts(module, name, value, config)
+                continue
+            module.weight = nn.Parameter(value, requires_grad=False)
             to_adapter_linear(module, None, {}, config.quant, config.backend)
             vars(module)[_KEPT] = dict(module._buffers)
             done[name] = module.weight
         return done
+
+
+def _pack_experts(module: Any, name: str, value: Tensor, config: Any) -> nn.Parameter:
+    """Return the packed parameter of fused experts; its magnitudes lie on the module then."""
+    part = name.rpartition(".")[2]
+    if value.shape != module._parameters[part].shape:
+        raise ValueError(
+            f"the weight {name!r} must have shape {tuple(module._parameters[part].shape)}, got"
+            f" {tuple(value.shape)}; the checkpoint is of another model"
+        )
+    if not isinstance(module, AdapterExperts):
+        begin(module, config.backend)
+        module.fastlora_experts.dtype = value.dtype
+    matrices = value.transpose(1, 2) if module.is_transposed else value
+    quant = config.quant
+    kind = (quant.quant_type, quant.blocksize, quant.double_quant)
+    set_quantized(module, part, quantize_experts(matrices, *kind))
+    vars(module)[_KEPT] = dict(module._buffers)
+    packed: nn.Parameter = module._parameters[part]
+    return packed
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
@@ -153,8 +179,7 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Return whether a tensor of the checkpoint becomes a packed weight."""
-        _, part = get_module_from_name(model, param_name)
-        return part == "weight" and param_name.rpartition(".")[0] in self.wanted
+        return param_name in self.wanted
 
     def get_new_dtype(
         self, converter: Any, param: Tensor, dtype: torch.dtype | None
@@ -169,7 +194,19 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         self.skipped = [n for n in linears(model) if _skips(skip, n)]
         kinds = {name: type(module) for name, module in linears(model).items()}
-        self.wanted = {n for n, t in kinds.items() if t is nn.Linear and n not in self.skipped}
+        self.wanted = {
+            f"{n}.weight" for n, t in kinds.items() if t is nn.Linear and n not in self.skipped
+        }
+        self.left: dict[str, str] = {}
+        self.experts: set[str] = set()
+        for name, module in model.named_modules():
+            if stacked(module) and _skips(skip, name):
+                self.left[name] = "kept dense"
+            elif stacked(module) and (reason := refusal(module)) is not None:
+                self.left[name] = reason
+            elif stacked(module):
+                self.experts.add(name)
+                self.wanted |= {f"{name}.{part}" for part in projections(module)}
         self.dense_bytes = tensor_bytes(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -183,6 +220,14 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
                 plan.specs[name], plan.quant[name] = None, quant
             else:
                 plan.skipped[name] = "kept dense"
+        plan.skipped.update(self.left)
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterExperts):
+                plan.experts[name] = ExpertsPlan(dict(module.fastlora_experts.specs), quant)
+                _check_whole(name, module)
+            elif name in self.experts:
+                plan.skipped[name] = "kept dense"
+                _check_dense(name, module)
         trained = frozenset(name for name, p in model.named_parameters() if p.is_floating_point())
         backend = self.quantization_config.backend
         record = Record(plan, None, quant, backend, self.dense_bytes, trained, forget=_forget)
@@ -217,6 +262,28 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_qat_trainable(self) -> bool:
         """True: Trainer takes the model without PEFT around it; adapters and heads are its own."""
         return True
+
+
+def _check_whole(name: str, module: AdapterExperts) -> None:
+    """Raise unless all weights of fused experts were in the checkpoint."""
+    for part in projections(module):
+        weight = module._parameters[part]
+        if weight is None or weight.dtype != torch.uint8:
+            raise ValueError(
+                f"a checkpoint must hold all weights of fused experts, but {name}.{part} is"
+                " missing; fetch the checkpoint again"
+            )
+
+
+def _check_dense(name: str, module: Any) -> None:
+    """Raise unless the fused experts of a packed checkpoint are dense."""
+    for part in projections(module):
+        if module._parameters[part].dim() != 3:
+            raise ValueError(
+                f"a packed checkpoint must hold fused experts as floats, but {name}.{part} is in"
+                " bytes, for which there is no format; load the full-precision checkpoint, and the"
+                " adapter from its own files"
+            )
 
 
 def _forget(model: Any) -> None:

@@ -7,6 +7,7 @@ microseconds per call.
 
 from fastlora.ops.columns import scale_columns
 from fastlora.ops.dropout import drop, dropout_seed
+from fastlora.ops.experts import experts_linear
 from fastlora.ops.group import linear_group
 from fastlora.ops.linear import linear
 from fastlora.ops.scaled import finds_norms, scaled_linear
@@ -15,6 +16,7 @@ from fastlora.ops.sums import weight_dots, weight_squares
 __all__ = [
     "drop",
     "dropout_seed",
+    "experts_linear",
     "finds_norms",
     "linear",
     "linear_group",

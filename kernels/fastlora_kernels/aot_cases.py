@@ -18,12 +18,14 @@ from torch import Tensor
 from fastlora_kernels import (
     columns,
     dequantize,
+    experts_linear,
     fp8_linear,
     fused,
     lora_linear,
     low_rank_products,
     regimes,
 )
+from fastlora_kernels.experts import ExpertsUpdate
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from fastlora_kernels.low_rank_products import Masks
@@ -79,12 +81,15 @@ class _Recorder:
         return record
 
 
+_MODULES = (columns, dequantize, experts_linear, fp8_linear, fused, low_rank_products)
+
+
 @contextmanager
 def _recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     saved = [
         (module, name, value)
-        for module in (columns, dequantize, fp8_linear, fused, low_rank_products)
+        for module in _MODULES
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -198,6 +203,27 @@ def _columns(dtype: torch.dtype) -> Iterator[Case]:
     yield from _cases(name, partial(columns.weight_dots, a, weight, N, dtype), dtype != FP32)
 
 
+def _experts(each: int, dtype: torch.dtype, adapter: torch.dtype, nested: bool) -> Iterator[Case]:
+    """Yield the kernels of both directions for four experts with `each` rows on average."""
+    one, e = _stored(N, K, nested), 4
+    data, absmax, outer = (t if t is None else torch.stack([t.view(-1)] * e) for t in one[:3])
+    assert data is not None
+    offset = torch.zeros(e) if nested else None
+    weight = StoredWeight(data, absmax, outer, offset, one.format, one.blocksize)
+    a, b = torch.zeros(e, RANK, K, dtype=adapter), torch.zeros(e, N, RANK, dtype=adapter)
+    update, ends = ExpertsUpdate(a, b, 0.5), torch.full((e,), e * each)
+    x, dy = torch.zeros(e * each, K, dtype=dtype), torch.zeros(e * each, N, dtype=dtype)
+
+    def run() -> None:
+        bias = torch.zeros(e, N, dtype=dtype)
+        _, s = experts_linear.experts_linear(x, weight, N, bias, update, ends)
+        rest = (weight, K, update, ends, True, True)
+        experts_linear.experts_linear_backward(dy, x, s, *rest)
+
+    name = f"M/E={each} {_short(dtype)} adapter {_short(adapter)}" + (" nested" if nested else "")
+    yield from _cases(name, run, dtype != FP32)
+
+
 def _quick(arch: str) -> Iterator[Case]:
     """Yield the most demanding variant of every kernel."""
     yield from _dequantize(BF16, 64)
@@ -209,6 +235,7 @@ def _quick(arch: str) -> Iterator[Case]:
     yield from _columns(BF16)
     if arch in FP8_ARCHS:
         yield from _fp8(BF16, True)
+    yield from _experts(128, BF16, FP32, True)
 
 
 def _default(arch: str) -> Iterator[Case]:
@@ -224,6 +251,10 @@ def _default(arch: str) -> Iterator[Case]:
     yield from _linear(16, FP32, FP32)
     yield from _linear(1, FP32, FP32, rank=1)
     yield from _linear(MANY, FP32, FP32, rank=64)
+    for each in (16, 64):
+        yield from _experts(each, BF16, BF16, True)
+    yield from _experts(16, FP16, FP32, False)
+    yield from _experts(16, FP32, FP32, True)
 
 
 def _full(arch: str) -> Iterator[Case]:

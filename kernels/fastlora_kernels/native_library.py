@@ -17,7 +17,7 @@ import torch
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABI = 4
+_ABI = 5
 _REBUILD = "run `pip install -e .` (or `pip install --force-reinstall fastlora`) again"
 
 
@@ -71,6 +71,14 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "fastlora_lora_group": ([_i32, _i64, _p, _i64, _i32, _w, _p, _l, _p, _p, _i32], _i32),
     "fastlora_lora_group_backward": (
         [_i32, _i64, _i32, _p, _p, _p, _i64, _p, _w, _l, _p, _p, _p, _i32],
+        _i32,
+    ),
+    "fastlora_lora_experts": (
+        [_i32, _i64, _p, _i64, _i64, _p, _w, _p, _l, _p, _p, _i32],
+        _i32,
+    ),
+    "fastlora_lora_experts_backward": (
+        [_i32, _i64, _p, _i64, _p, _i64, _p, _i64, _p, _w, _l, _p, _p, _p, _i32],
         _i32,
     ),
     "fastlora_weight_dots": ([_i32, _i32, _i64, _p, _w, _p, _i32], _i32),
