@@ -28,7 +28,7 @@ struct Shape<float> {
   static constexpr int GROUP = 2 * VW;     // columns of one micro-kernel call
   static constexpr int64_t DEPTH = 512;    // reduction of one panel
   static constexpr int ROWS = VW == 16 ? 48 : 24;  // rows of A packed at a time
-  static constexpr int64_t BLOCK = 10 * 48;        // rows whose partial sums are kept, for which a panel is decoded
+  static constexpr int64_t BLOCK = 8 * 48;         // rows whose partial sums are kept, for which a panel is decoded
 };
 template <>
 struct Shape<bf16> {

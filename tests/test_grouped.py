@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastlora_kernels import native
+from fastlora_kernels.formats import StoredWeight
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -174,7 +175,8 @@ def test_opcheck_and_compile(format: str) -> None:
     x, bias, A, B, dy = case.parts
     for part in (x, bias, A, B):
         part.requires_grad_()
-    stored = case.weight.stored() if format != "dense" else (case.weight, *[None] * 3, "dense", 0)
+    dense = StoredWeight(case.weight, None, None, None, "dense", 0)
+    stored = dense if format == "dense" else case.weight.stored()
     args = (x, *stored, bias, A, B, 0.7, case.ends, "auto")
     torch.library.opcheck(torch.ops.fastlora.experts_linear.default, args)
 

@@ -71,13 +71,13 @@ def _pick(
     """Return the backend's function for an op on x or dy, `rows`."""
     r, dtype = (0, None) if update is None else (update.A.shape[1], update.A.dtype)
     kind = (rows.device.type, rows.dtype, weight.format, weight.blocksize, rows.shape[0], n, k, r)
-    return cast(Callable[..., Any], getattr(choose(op, *kind, dtype, backend), op))
+    return cast(Callable[..., Any], getattr(choose(op, *kind, dtype, backend, weight.compute), op))
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Run the op with the arguments of its schema: `rest` starts with the stored weight."""
-    weight, bias, (ends, backend) = StoredWeight(*rest[:6]), rest[6], rest[10:]
-    update = _update(*rest[7:10])
+    weight, bias, (ends, backend) = StoredWeight(*rest[:7]), rest[7], rest[11:]
+    update = _update(*rest[8:11])
     _, n, k = check_experts("x", x, weight, bias, update, ends)
     run = _pick("experts_linear", x, weight, n, k, update, backend)
     bias = None if bias is None else bias.to(x.dtype)
@@ -87,17 +87,17 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    weight, update = StoredWeight(*rest[:6]), _update(*rest[7:10])
-    check_backend(rest[11])
-    _, n, _ = check_experts("x", x, weight, rest[6], update, rest[10])
+    weight, update = StoredWeight(*rest[:7]), _update(*rest[8:11])
+    check_backend(rest[12])
+    _, n, _ = check_experts("x", x, weight, rest[7], update, rest[11])
     shape = (0,) if update is None else (x.shape[0], update.A.shape[1])
     return x.new_empty(x.shape[0], n), x.new_empty(shape, dtype=wide_dtype(x.dtype))
 
 
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
     """Run the op; what is not needed comes back as separate tensors without elements."""
-    weight, update = StoredWeight(*rest[:6]), _update(*rest[6:9])
-    ends, need_dx, need_dlora, need_dbias, backend = rest[9:]
+    weight, update = StoredWeight(*rest[:7]), _update(*rest[7:10])
+    ends, need_dx, need_dlora, need_dbias, backend = rest[10:]
     count, n, k = check_experts("dy", dy, weight, None, update, ends)
     run = _pick("experts_linear_backward", dy, weight, n, k, update, backend)
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
@@ -111,8 +111,8 @@ def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Gra
 
 
 def _backward_fake(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> Grads:
-    weight, update = StoredWeight(*rest[:6]), _update(*rest[6:9])
-    ends, need_dx, need_dlora, need_dbias, backend = rest[9:]
+    weight, update = StoredWeight(*rest[:7]), _update(*rest[7:10])
+    ends, need_dx, need_dlora, need_dbias, backend = rest[10:]
     check_backend(backend)
     count, n, k = check_experts("dy", dy, weight, None, update, ends)
     dx = dy.new_empty((dy.shape[0], k) if need_dx else (0,))
@@ -126,13 +126,13 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     needs = ctx.needs_input_grad
     if needs[1]:
         raise ValueError(WEIGHT_GRAD)
-    x, weight, bias = inputs[0], inputs[1:7], inputs[7]
-    A, B, scaling, ends, backend = inputs[8:]
-    need_dlora = needs[8] or needs[9]
+    x, weight, bias = inputs[0], inputs[1:8], inputs[8]
+    A, B, scaling, ends, backend = inputs[9:]
+    need_dlora = needs[9] or needs[10]
     kept = (x, output[1]) if need_dlora else (None, None)
     ctx.save_for_backward(*kept, *weight[:4], A, B, ends)
-    ctx.rest = weight[4:], scaling, backend, (needs[0], need_dlora, needs[7])
-    ctx.wanted = needs[8], needs[9]
+    ctx.rest = weight[4:], scaling, backend, (needs[0], need_dlora, needs[8])
+    ctx.wanted = needs[9], needs[10]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
 
@@ -146,7 +146,7 @@ def _gradients(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
     need_dA, need_dB = ctx.wanted
     dbias = dbias.to(ctx.bias_dtype) if needs[2] else None
     low = (dA if need_dA else None, dB if need_dB else None)
-    return dx if needs[0] else None, *[None] * 6, dbias, *low, None, None, None
+    return dx if needs[0] else None, *[None] * 7, dbias, *low, None, None, None
 
 
 define(
