@@ -36,17 +36,17 @@ VIT: Settings = {
     "lokr": (1e-2, {"r": 8}),
     "scratch": (1e-3, {}),
 }
-# Batch norms learn the new statistics. There is no linear for the bottleneck adapter to stand after.
+# Batch norms learn the new statistics. No linear is there for the bottleneck adapter to follow.
 NORMS = {"modules_to_save": ["normalization"]}
 RESNET: Settings = {
-    "full": (1e-3, {}),
+    "full": (2e-3, {}),
     "head": (1e-2, {}),
     "partial": (3e-3, {"blocks": 2}),
     "lora": (1e-2, {"r": 16, **NORMS}),
     "dora": (1e-2, {"r": 16, **NORMS}),
     "loha": (1e-2, {"r": 8, **NORMS}),
     "lokr": (2e-2, {"r": 16, **NORMS}),
-    "scratch": (1e-3, {}),
+    "scratch": (3e-3, {}),
 }
 PER_CLASS, STEPS = 20, 240
 VIEWS, PRETRAINING = 12, 1500  # files per image of the first digits, steps on them
