@@ -38,6 +38,7 @@ SHAPES = {
 }
 TOKENS = (1, 4, 16, 64, 256, 1024)
 RANK, SCALING = 16, 2.0
+PASSES = ("forward", "forward+backward")
 VARIANTS = ("dense", "dense+lora", "peft", "peft+bnb", "fastlora dense", "fastlora nf4")
 
 
@@ -138,7 +139,7 @@ def time_shape(name: str, tokens: list[int], args: argparse.Namespace) -> list[d
     n, k = SHAPES[name]
     dtype, adapter = torch.bfloat16, getattr(torch, args.adapter_dtype)
     rows = []
-    for mode in ("forward", "forward+backward"):
+    for mode in args.passes:
         train = mode != "forward"
         makers = build(n, k, dtype, adapter, args.device, train)
         layers = {v: makers[v]() for v in args.variants}
@@ -225,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--adapter-dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

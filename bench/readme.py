@@ -14,12 +14,36 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- figures: written by `python -m bench.readme` from bench/results -->\n"
 END = "<!-- end of figures -->"
 Row = dict[str, Any]
+RUN = ("model", "method", "how", "quantize", "seed")  # which runs are the same one again
 
 
 def latest(name: str, field: str = "date") -> list[Row]:
     """The rows of the newest run in a results file, or of all runs with its commit."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
     return [row for row in rows if row[field] == rows[-1][field]]
+
+
+def by_machine(name: str) -> list[list[Row]]:
+    """The rows of the newest run of each machine in a results file."""
+    rows = everything(name)
+    newest = {row["device"]: row["date"] for row in rows}  # the last row of each wins
+    return [[row for row in rows if (row["device"], row["date"]) == run] for run in newest.items()]
+
+
+def last(rows: list[Row], *fields: str) -> list[Row]:
+    """The newest row of each combination of these fields, in the order of the first."""
+    return list({tuple(row.get(field) for field in fields): row for row in rows}.values())
+
+
+def linears(rows: list[Row]) -> list[str]:
+    """What was measured where, and the table."""
+    first = rows[0]
+    return [
+        f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
+        f" {first['bitsandbytes']}, PEFT {first['peft']}; bf16, adapters {first['adapter_dtype']},"
+        f" r = 16, NF4 double-quantised; commit {first['commit']}:",
+        "\n".join(speed(rows)),
+    ]
 
 
 def speed(rows: list[Row]) -> list[str]:
@@ -159,18 +183,12 @@ def digits(rows: list[Row]) -> list[str]:
 
 def figures() -> str:
     """The section as it should stand."""
-    runs, extra = latest("linear-cpu"), latest("linear-memory-cpu")
+    runs, extra = by_machine("linear-cpu"), latest("linear-memory-cpu")
     engine, steps = latest("engine-cpu"), latest("train-cpu", "commit")
-    first = runs[0]
-    where = (
-        f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
-        f" {first['bitsandbytes']}, PEFT {first['peft']}; bf16, adapters {first['adapter_dtype']},"
-        f" r = 16, NF4 double-quantised; commit {first['commit']}"
-    )
     parts = [
-        f"One LoRA linear, all variants interleaved in one process, medians in ms (`python -m"
-        f" bench.linear`). {where}. The last three columns are how many times faster fastlora is.",
-        "\n".join(speed(runs)),
+        "One LoRA linear, all variants interleaved in one process, medians in ms (`python -m"
+        " bench.linear`). The last three columns are how many times faster fastlora is.",
+        *(part for rows in runs for part in linears(rows)),
         "Peak extra memory of one forward + backward beyond its inputs and outputs, MiB, at"
         f" {max(row['M'] for row in extra)} tokens (`python -m bench.linear --memory`):",
         "\n".join(memory(extra)),
@@ -188,11 +206,11 @@ def figures() -> str:
         " the standard library does a paragraph of documentation belong to? 2,000 training texts,"
         " 500 test texts, the pre-trained all-MiniLM-L6-v2, 3 epochs; by hand is the same with"
         " transformers and PEFT alone; scratch is the architecture without its pre-training.",
-        "\n".join(strategies(everything("strategies"))),
+        "\n".join(strategies(last(everything("strategies"), *RUN))),
         strategy_times(latest("strategies-time", "commit")),
         "Images (`python -m bench.digits`): small models pre-trained on the digits 0-4, then 5-9"
         " from 20 images each; accuracy on 300 test images, three seeds.",
-        "\n".join(digits(everything("digits"))),
+        "\n".join(digits(last(everything("digits"), *RUN))),
     ]
     return "\n\n".join(parts) + "\n"
 
