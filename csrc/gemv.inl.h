@@ -70,6 +70,53 @@ struct FloatScheme {
     }
   }
 };
+#if !defined(__AVX512F__)
+// bf16 weights from byte shuffles: a table of their low and one of their high bytes, so that a shuffle of each yields
+// 32 weights, those at even positions of 64 or those at odd ones; behind 16 zero bits a bf16 is a float.
+struct PlaneTable {
+  __m256i low, high;  // bytes of the 16 scaled codes, in both halves
+  PlaneTable(const float* code, float absmax) {
+    const __m256 scale = _mm256_set1_ps(absmax);
+    const __m256i first = vround_bits(_mm256_mul_ps(_mm256_loadu_ps(code), scale));
+    const __m256i second = vround_bits(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale));
+    constexpr int ORDER = 0xd8;  // packing works within halves: quarters 0, 2, 1, 3
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), ORDER);
+    const __m256i lows = _mm256_and_si256(words, _mm256_set1_epi16(255)), highs = _mm256_srli_epi16(words, 8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(lows, highs), ORDER);
+    low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+    high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+  }
+};
+struct PlaneScheme {
+  using Packed = float;
+  static constexpr int64_t WEIGHTS = 128;
+  static int64_t position(int64_t j) {
+    const int64_t byte = j % 64 / 2;
+    return j / 64 * 64 + (j % 2 * 4 + byte % 16 / 4) * VW + byte / 16 * 4 + byte % 4;
+  }
+  template <int M>
+  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t, const float* x,
+                  int64_t ldx, vf (&sums)[M]) {
+    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    for (int half = 0; half < 2; ++half, x += 64) {
+      const PlaneTable table(w.code, absmax[half]);
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * half));
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m256i index = _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), nibble);
+        const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+        for (int part = 0; part < 2; ++part) {
+          const __m256i pair = part ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+          const vf first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, pair));
+          const vf second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, pair));
+          const float* at = x + 32 * odd + 16 * part;
+          for (int i = 0; i < M; ++i)  // a product of its own first, so that few steps wait for one another
+            sums[i] = sums[i] + vfma(second, vload(at + i * ldx + VW), first * vload(at + i * ldx));
+        }
+      }
+    }
+  }
+};
+#endif
 #if defined(FASTLORA_BF16_DOT)
 // 128 weights are 32 words of four nibbles; words 16..31 are the second half. One table holds both halves' scaled
 // codes and the fifth bit of the index tells them apart, so each of four lookups yields 32 finished bf16 weights:
@@ -307,6 +354,8 @@ inline void gemv(const Gemv<T>& g) {
   if (g.w.format == FASTLORA_4BIT && g.w.k % 128 == 0 && g.w.block_shift >= 6) {
 #if defined(FASTLORA_BF16_DOT)
     if constexpr (is_bf16<T>) return packed_gemv<Bf16Scheme>(g);
+#elif !defined(__AVX512F__)
+    if constexpr (is_bf16<T>) return packed_gemv<PlaneScheme>(g);
 #endif
     return packed_gemv<FloatScheme>(g);
   }

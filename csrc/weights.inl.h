@@ -27,6 +27,13 @@ inline void block_absmaxes(const fastlora_weight& w, int64_t block, int64_t coun
     vstore(out + i, _mm512_add_ps(_mm512_mul_ps(_mm512_i32gather_ps(index, w.nested_code, 4), scale), offset));
   }
 #endif
+  while (w.nested_absmax && i < count) {  // those that share an outer magnitude
+    const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + block;
+    const float* code = w.nested_code;
+    const float scale = w.nested_absmax[(block + i) >> 8], offset = *w.nested_offset;
+    const int64_t stop = min64(count, ((block + i) | 255) + 1 - block);
+    for (; i < stop; ++i) out[i] = code[codes[i]] * scale + offset;
+  }
   for (; i < count; ++i) out[i] = block_absmax(w, block + i);
 }
 
@@ -45,8 +52,24 @@ struct Table {
     __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(scaled), 16));
     return _mm512_broadcast_i64x4(half);
   }
+#elif defined(__AVX2__)
+  __m256 low, high;
+  static __m256 rounded(__m256 v, int32_t rounding) {
+    if (rounding == FASTLORA_F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    if (rounding == FASTLORA_BF16) return _mm256_castsi256_ps(_mm256_slli_epi32(vround_bits(v), 16));
+    return v;
+  }
+  Table(const float* code, float absmax, int32_t rounding) {
+    const __m256 scale = _mm256_set1_ps(absmax);
+    low = rounded(_mm256_mul_ps(_mm256_loadu_ps(code), scale), rounding);
+    high = rounded(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale), rounding);
+  }
+  void values(float* out) const {
+    _mm256_storeu_ps(out, low);
+    _mm256_storeu_ps(out + 8, high);
+  }
 #else
-  alignas(32) float scaled[16];
+  float scaled[16];
   Table(const float* code, float absmax, int32_t rounding) {
     for (int i = 0; i < 16; ++i) {
       float v = code[i] * absmax;
@@ -83,8 +106,7 @@ inline void decode_unit(const uint8_t* bytes, const Table& t, bf16* out) {
 #elif defined(__AVX2__)
 constexpr int UNIT = 16;
 inline vf lookup(__m256i index, const Table& t) {  // the low four bits of each lane
-  vf low = _mm256_permutevar8x32_ps(_mm256_load_ps(t.scaled), index);
-  vf high = _mm256_permutevar8x32_ps(_mm256_load_ps(t.scaled + 8), index);
+  vf low = _mm256_permutevar8x32_ps(t.low, index), high = _mm256_permutevar8x32_ps(t.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 inline void decode_split(const uint8_t* bytes, const Table& t, vf& even, vf& odd) {
