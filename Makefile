@@ -1,5 +1,6 @@
-# Thin: each target is a command or two. VENV=dir, PYTHON=python3.12 and TORCH='torch==2.13.0' choose others.
+# Thin: each target is a command or two. VENV=dir, PYTHON=python3.12, TORCH='torch==2.13.0' and JOBS=1 choose others.
 VENV ?= .venv
+JOBS ?= 2
 BIN = $(VENV)/bin
 export VENV
 export HF_HUB_OFFLINE = 1
@@ -10,7 +11,7 @@ quickstart: install-train  ## fine-tune the bundled model on this machine
 	$(BIN)/fastlora quickstart
 
 test: install-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: install-dev  ## lint, types, every GPU kernel compiled ahead of time, its main loop no worse than before
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
