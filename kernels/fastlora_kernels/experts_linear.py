@@ -30,7 +30,7 @@ MOST_ROWS = 256  # per expert on average, up to which one launch takes all
 # Rows per expert on average up to which a tile is used, and the tile; not measured on any GPU.
 TILES = ((24, Tile(16, 64, 64, 4, 3)), (96, Tile(32, 64, 64, 4, 3)), (0, Tile(64, 64, 64, 4, 3)))
 FIRST = {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-GRADIENT = {"BLOCK_M": 32, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+GRADIENT = {"BLOCK_M": 32, "BLOCK_O": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
 
 
 def _tile(rows: int, experts: int, dtype: torch.dtype, k: int, dense: bool) -> Tile:
