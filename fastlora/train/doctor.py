@@ -15,6 +15,7 @@ from fastlora import LoHaConfig, LoKrConfig, LoraConfig, patch_model, report
 from fastlora.dispatch import Problem, explain
 from fastlora.integrations.versions import SUPPORTED
 from fastlora.train.memory import GIB, available_bytes
+from fastlora.train.precision import WHY_SLOW, slow_on_cpu
 
 _PACKAGES = (
     "torch",
@@ -48,6 +49,8 @@ def facts() -> list[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = available_bytes(torch.device("cpu")) / GIB
     found.append(("CPU", f"{cores} cores, {free:.1f} GiB of memory free"))
+    slow = slow_on_cpu(torch.bfloat16)
+    found.append(("CPU, bfloat16", f"no: {WHY_SLOW}; train in float32" if slow else "yes"))
     try:
         found.append(("C++ kernels", f"instruction set {native_library.isa()}"))
     except ImportError as error:

@@ -12,6 +12,8 @@ from fastlora.train import directory
 from fastlora.train.config import RunConfig, as_config, parse_yaml
 from fastlora.train.data.rows import read_rows
 from fastlora.train.directory import CONFIG, LABELS, METRICS, WEIGHTS
+from fastlora.train.models import device_of
+from fastlora.train.precision import why_widen
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
@@ -42,7 +44,8 @@ class Finished:
         self.task.classes = json.loads((path / LABELS).read_text(encoding="utf-8"))
         self.task.prepare()
         quantize = None if dense else self.config.quantize
-        loaded = self.task.load(quantize, wide=not self.strategy.freezes)
+        widen = why_widen(not self.strategy.freezes, None if dense else device_of())
+        loaded = self.task.load(quantize, widen)
         self.model: Any = self.strategy.apply(loaded, self.task.task_type, self.config.seed)
         self.strategy.load(self.model, path / WEIGHTS)
         self.model.eval()

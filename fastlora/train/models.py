@@ -60,7 +60,7 @@ def load_model(
     auto_class: str,
     *,
     quantize: str | None = None,
-    wide: bool = False,
+    widen: str | None = None,
     seed: int = 0,
     classes: list[str] | None = None,
     outputs: int | None = None,
@@ -72,7 +72,7 @@ def load_model(
         name: as in `RunConfig.model`.
         auto_class: a class of transformers.
         quantize: None, "nf4" or "fp4": how every linear but the head is stored.
-        wide: load 16-bit weights as float32, because they are trained themselves.
+        widen: why 16-bit weights are loaded as float32; None: they are kept as they are stored.
         seed: of the new final layer's values.
         classes: the task's classes; None: it has none.
         outputs: how many numbers the final layer gives, when there are no classes.
@@ -101,10 +101,14 @@ def load_model(
         if classes is not None or outputs is not None:
             with torch.device("meta"):
                 head = head_of(kind.from_config(config))
-        model, fresh = _load(place, kind, options, quantize, wide, head)
+        model, fresh = _load(place, kind, options, quantize, widen is not None, head)
     except (OSError, ValueError, KeyError) as error:
         raise Refusal(_reason(name, auto_class, error)) from error
     notes = []
+    stored = getattr(config, "dtype", None)
+    if widen and stored in (torch.bfloat16, torch.float16):
+        short = str(stored).removeprefix("torch.")
+        notes.append(f"the {short} weights were loaded as float32: {widen}")
     if classes is not None or outputs is not None:
         if not fresh and list(before.values()) != (classes or list(before.values())):
             _reset(model, head)
@@ -123,6 +127,7 @@ def _load(
 ) -> tuple[Any, list[str]]:
     """Return the model and the names of the tensors that the checkpoint does not have."""
     common = {**fields, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    dtype = torch.float32 if wide else "auto"
     if quantize is not None:
         skip = [*head, "lm_head"] if head else None
         model, info = from_pretrained(
@@ -132,10 +137,10 @@ def _load(
             device=device_of(),
             auto_class=kind.__name__,
             skip_modules=skip,
+            dtype=dtype,
             **common,
         )
     else:
-        dtype = torch.float32 if wide else "auto"
         model, info = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, **common)
         model.to(device_of())
     mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]

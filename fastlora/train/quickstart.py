@@ -32,6 +32,7 @@ from fastlora.integrations import causal_lm
 from fastlora.nano import MODEL_DIR, corpus
 from fastlora.train.options import QuickstartOptions
 from fastlora.train.output import free_directory, staged_directory
+from fastlora.train.precision import WHY_SLOW, slow_on_cpu
 from fastlora.train.refusal import refusing
 from fastlora.train.threads import fastest_threads
 
@@ -64,6 +65,9 @@ class Quickstart:
                 "device cuda needs a CUDA build of PyTorch and a GPU, and torch sees none; "
                 "use --device cpu"
             )
+        self.dtype = torch.bfloat16
+        if options.device == "cpu" and slow_on_cpu(self.dtype):
+            self.dtype = torch.float32
         self.model, self.tokenizer = self._load()
         context = self.model.config.max_position_embeddings
         if options.sequence_length > context:
@@ -102,7 +106,7 @@ class Quickstart:
         (directory / "run.json").write_text(record + "\n", encoding="utf-8")
 
     def _load(self) -> tuple[Any, Any]:
-        return causal_lm.load(MODEL_DIR, torch.bfloat16, self.options.device)
+        return causal_lm.load(MODEL_DIR, self.dtype, self.options.device)
 
     def _set_threads(self) -> None:
         if self.options.threads:
@@ -131,10 +135,12 @@ class Quickstart:
             f"the standard library's source) on the language reference of Python "
             f"{platform.python_version()}: {self.windows.numel():,} tokens, "
             f"{self.held_out.numel():,} held out ({', '.join(self.held_out_topics)}). "
-            f"Threads: {torch.get_num_threads()}.",
+            f"Threads: {torch.get_num_threads()}; numbers: {_name(self.dtype)}.",
             highlight=False,
             soft_wrap=True,
         )
+        if self.dtype == torch.float32:
+            console.print(f"Not in bfloat16: {WHY_SLOW}.", soft_wrap=True)
 
     def _train(self, console: Console, directory: Path) -> float:
         options = self.options
@@ -195,6 +201,7 @@ class Quickstart:
             "tokens_per_second": self._trained_tokens / seconds,
             "peak_memory_bytes": _peak_bytes(),
             "threads": torch.get_num_threads(),
+            "dtype": _name(self.dtype),
             "fastlora": fastlora.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -239,6 +246,10 @@ def _prompt(text: str) -> str:
     """Return the first paragraphs of `text`, at least `PROMPT_CHARACTERS` long."""
     end = text.find("\n\n", PROMPT_CHARACTERS)
     return text if end < 0 else text[:end]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _peak_bytes() -> int:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from fastlora.train.arguments import AUTO, make_arguments, split_arguments
 from fastlora.train.callbacks import Audit, Bar, Clock, Interruption
 from fastlora.train.config import RunConfig
 from fastlora.train.models import device_of, parameter_counts
+from fastlora.train.precision import WHY_SLOW, slow_on_cpu, why_widen
 from fastlora.train.prepare import prepare
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
@@ -64,12 +66,14 @@ class Run:
         for line in self.data.report.lines():
             self.say(line)
         self._check_labels()
+        self._warn_of_slow_formats(fields)
         self._load(fields.get("per_device_eval_batch_size", 32))
         self.arguments = self._arguments(fields, self._batch_size(fields))
 
     def _load(self, batch_size: int) -> None:
         """Load the model, score it as it is, and apply the strategy."""
-        loaded = self.task.load(self.config.quantize, wide=not self.strategy.freezes)
+        widen = why_widen(not self.strategy.freezes, device_of())
+        loaded = self.task.load(self.config.quantize, widen)
         self.head, budget = loaded.head, self.extras.memory_budget_gib
         memory.check_budget(loaded.model, budget)
         self.before = self._score_base(loaded.model, batch_size)
@@ -87,6 +91,11 @@ class Run:
         if self.caches is not None:
             model.config.use_cache = False
         memory.check_budget(model, budget)
+
+    def _warn_of_slow_formats(self, fields: dict[str, Any]) -> None:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if fields.get(name) and device_of().type == "cpu" and slow_on_cpu(dtype):
+                self.say(f"train.{name} should be left out here: {WHY_SLOW}")
 
     def _batch_size(self, fields: dict[str, Any]) -> int:
         """Return the rows of a step on one device: the user's number, or what fits."""

@@ -102,7 +102,7 @@ def test_a_batch_norm_never_learns_from_one_row(tmp_path: Path) -> None:
 
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
     made, _ = run(world.write_run(tmp_path, "image-classification", "lora", model="resnet"))
-    fresh = made.task.load(None, wide=False).model
+    fresh = made.task.load(None, widen=None).model
     for (name, ours), (_, theirs) in zip(
         made.model.named_buffers(), fresh.named_buffers(), strict=True
     ):

@@ -112,7 +112,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the pre-trained model with this task's final layer."""
 
     @abstractmethod

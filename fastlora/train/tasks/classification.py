@@ -22,10 +22,10 @@ class Classification(ClassLabels, PairTask):
     metric = "accuracy"
     greater = True
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for the classes."""
         return self.load_head(
-            quantize, wide, classes=self.classes, problem_type="single_label_classification"
+            quantize, widen, classes=self.classes, problem_type="single_label_classification"
         )
 
     def examples(self, row: Row, train: bool) -> list[Example]:

@@ -52,13 +52,13 @@ class ImageClassification(ClassLabels):
             said = " ".join(str(error).split())[:300]
             raise Refusal(f"the model {name} must have an image processor, but: {said}") from error
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for the classes."""
         return load_model(
             self.config.model,
             "AutoModelForImageClassification",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
             classes=self.classes,
         )

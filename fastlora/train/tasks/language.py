@@ -21,13 +21,13 @@ class LanguageTask(TextTask):
 
     task_type = "CAUSAL_LM"
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with its own output layer."""
         return load_model(
             self.config.model,
             "AutoModelForCausalLM",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
         )
 

@@ -40,13 +40,13 @@ class QuestionAnswering(TextTask):
                 f"task {self.name} needs a fast tokenizer, but {self.config.model} has none"
             )
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for start and end."""
         return load_model(
             self.config.model,
             "AutoModelForQuestionAnswering",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
             outputs=2,
         )

@@ -19,9 +19,9 @@ class Regression(PairTask):
 
     name = "regression"
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for one number."""
-        return self.load_head(quantize, wide, outputs=1, problem_type="regression")
+        return self.load_head(quantize, widen, outputs=1, problem_type="regression")
 
     def examples(self, row: Row, train: bool) -> list[Example]:
         """Return the text's tokens and its number."""

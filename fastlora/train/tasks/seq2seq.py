@@ -31,13 +31,13 @@ class Seq2Seq(TextTask):
         """Return the source."""
         return row.values.get(self.columns["source"])
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with its own output layer."""
         return load_model(
             self.config.model,
             "AutoModelForSeq2SeqLM",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
         )
 

@@ -98,13 +98,13 @@ class PairTask(TextTask):
         pair = self.text(row, "text_pair") if "text_pair" in self.columns else None
         return self.encode(self.text(row, "text"), pair)
 
-    def load_head(self, quantize: str | None, wide: bool, **head: Any) -> Loaded:
+    def load_head(self, quantize: str | None, widen: str | None, **head: Any) -> Loaded:
         """Return the model with the final layer that `load_model` is asked for."""
         return load_model(
             self.config.model,
             "AutoModelForSequenceClassification",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
             pad_token_id=self.tokenizer.pad_token_id,
             **head,

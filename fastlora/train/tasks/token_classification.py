@@ -55,13 +55,13 @@ class TokenClassification(TextTask):
                         f"every tag of {split} must occur in train, but {row.place} has {tag!r}"
                     )
 
-    def load(self, quantize: str | None, wide: bool) -> Loaded:
+    def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for the tags."""
         return load_model(
             self.config.model,
             "AutoModelForTokenClassification",
             quantize=quantize,
-            wide=wide,
+            widen=widen,
             seed=self.config.seed,
             classes=self.classes,
             pad_token_id=self.tokenizer.pad_token_id,
