@@ -146,7 +146,7 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
   Epilogue e{g.s, s.u, s.bias, nullptr, g.lora.r, span.rank, span.r, dropout, col, g.rows, s.factors, g.scaled + col};
   const int64_t stride = sizeof(Compute) == 2 ? round_up(depth, 32) : depth;
   const T* a = part.a + g.rows.at(position) * part.lda + red;
-  const bool direct = in_place<Compute>(count, depth) && g.rows.adjoin(position, count);
+  const bool direct = in_place<Compute, T>(count, depth) && g.rows.adjoin(position, count);
   if (!direct) pack_rows(Lines<T>{part.a + red, part.lda, &g.rows, position}, count, depth, s.rows);
   for (int64_t c = 0; c < cols; c += GROUP) {
     const Compute* from = direct ? reinterpret_cast<const Compute*>(a) : s.rows;

@@ -21,10 +21,14 @@ struct Gemv {
   int threads;
 };
 
-// The magnitudes of `count` runs of 64 weights from the flattened position `first` on; blocks are of 64 or more.
+// The magnitudes of `count` runs of 64 weights from the flattened position `first` on; blocks are of 64 or more. All NaN
+// are the quiet one, which may be rounded like a number.
 inline void half_absmaxes(const fastlora_weight& w, int64_t first, int64_t count, float* out) {
-  if (w.block_shift == 6) return block_absmaxes(w, first >> 6, count, out);
-  for (int64_t i = 0; i < count; ++i) out[i] = block_absmax(w, (first + 64 * i) >> w.block_shift);
+  if (w.block_shift == 6)
+    block_absmaxes(w, first >> 6, count, out);
+  else
+    for (int64_t i = 0; i < count; ++i) out[i] = block_absmax(w, (first + 64 * i) >> w.block_shift);
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] == out[i] ? out[i] : __builtin_nanf("");
 }
 
 template <class L>
@@ -72,19 +76,23 @@ struct FloatScheme {
 };
 #if !defined(__AVX512F__)
 // bf16 weights from byte shuffles: a table of their low and one of their high bytes, so that a shuffle of each yields
-// 32 weights, those at even positions of 64 or those at odd ones; behind 16 zero bits a bf16 is a float.
+// 32 weights, those at even positions of 64 or those at odd ones; a bf16 before 16 zero bits is a float.
 struct PlaneTable {
   __m256i low, high;  // bytes of the 16 scaled codes, in both halves
-  PlaneTable(const float* code, float absmax) {
+  // To nearest even; the quiet NaN stays one.
+  static __m256i rounded(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v), top = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  }
+  // `codes`: 0..3 and 8..11, then 4..7 and 12..15, because packing works within halves.
+  PlaneTable(const __m256 (&codes)[2], float absmax) {
     const __m256 scale = _mm256_set1_ps(absmax);
-    const __m256i first = vround_bits(_mm256_mul_ps(_mm256_loadu_ps(code), scale));
-    const __m256i second = vround_bits(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale));
-    constexpr int ORDER = 0xd8;  // packing works within halves: quarters 0, 2, 1, 3
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), ORDER);
-    const __m256i lows = _mm256_and_si256(words, _mm256_set1_epi16(255)), highs = _mm256_srli_epi16(words, 8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(lows, highs), ORDER);
-    low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
-    high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    const __m256i words = _mm256_packus_epi32(rounded(_mm256_mul_ps(codes[0], scale)), rounded(_mm256_mul_ps(codes[1], scale)));
+    const __m256i split = _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+    const __m256i bytes = _mm256_shuffle_epi8(words, split);  // each half: 8 low bytes, 8 high bytes
+    low = _mm256_permute4x64_epi64(bytes, 0x88);
+    high = _mm256_permute4x64_epi64(bytes, 0xdd);
   }
 };
 struct PlaneScheme {
@@ -92,27 +100,54 @@ struct PlaneScheme {
   static constexpr int64_t WEIGHTS = 128;
   static int64_t position(int64_t j) {
     const int64_t byte = j % 64 / 2;
-    return j / 64 * 64 + (j % 2 * 4 + byte % 16 / 4) * VW + byte / 16 * 4 + byte % 4;
+    return j / 64 * 64 + (j % 2 * 4 + byte % 16 / 8 * 2 + byte % 2) * VW + byte / 16 * 4 + byte % 8 / 2;
+  }
+  // Calls f(i, weights) for the 8 vectors of 64 weights.
+  template <class F>
+  static void decode(const uint8_t* bytes, const __m256 (&codes)[2], float absmax, F f) {
+    const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    const PlaneTable table(codes, absmax);
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m256i index = _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), nibble);
+      const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+      for (int part = 0; part < 2; ++part) {
+        const __m256i pairs = part ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+        f(4 * odd + 2 * part, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
+        f(4 * odd + 2 * part + 1, _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)));
+      }
+    }
   }
   template <int M>
   static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t, const float* x,
                   int64_t ldx, vf (&sums)[M]) {
-    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
-    for (int half = 0; half < 2; ++half, x += 64) {
-      const PlaneTable table(w.code, absmax[half]);
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * half));
-      for (int odd = 0; odd < 2; ++odd) {
-        const __m256i index = _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), nibble);
-        const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-        for (int part = 0; part < 2; ++part) {
-          const __m256i pair = part ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-          const vf first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, pair));
-          const vf second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, pair));
-          const float* at = x + 32 * odd + 16 * part;
-          for (int i = 0; i < M; ++i)  // a product of its own first, so that few steps wait for one another
-            sums[i] = sums[i] + vfma(second, vload(at + i * ldx + VW), first * vload(at + i * ldx));
+    const __m256 first = _mm256_loadu_ps(w.code), second = _mm256_loadu_ps(w.code + 8);
+    const __m256 codes[2] = {_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+    if constexpr (M <= 2) {  // sums of their own first, so that few steps wait for one another
+      for (int half = 0; half < 2; ++half, x += 64, bytes += 32) {
+        vf part[M][2];
+        decode(bytes, codes, absmax[half], [&](int v, vf weights) {
+          for (int i = 0; i < M; ++i) {
+            const vf xv = vload(x + i * ldx + v * VW);
+            part[i][v % 2] = v < 2 ? weights * xv : vfma(weights, xv, part[i][v % 2]);
+          }
+        });
+        for (int i = 0; i < M; ++i) sums[i] = sums[i] + (part[i][0] + part[i][1]);
+      }
+    } else {  // through a buffer, because decoding and M sums do not fit into the registers together
+      alignas(64) float weights[WEIGHTS];
+      for (int half = 0; half < 2; ++half)
+        decode(bytes + 32 * half, codes, absmax[half], [&](int v, vf found) { vstore(weights + 64 * half + v * VW, found); });
+      vf part[M][2];
+      for (int i = 0; i < M; ++i) part[i][0] = sums[i], part[i][1] = vzero();
+      for (int64_t v = 0; v < WEIGHTS; v += 2 * VW) {
+        const vf even = vload(weights + v), odd = vload(weights + v + VW);
+        for (int i = 0; i < M; ++i) {
+          part[i][0] = vfma(even, vload(x + i * ldx + v), part[i][0]);
+          part[i][M <= 4] = vfma(odd, vload(x + i * ldx + v + VW), part[i][M <= 4]);
         }
       }
+      for (int i = 0; i < M; ++i) sums[i] = M <= 4 ? part[i][0] + part[i][1] : part[i][0];
     }
   }
 };

@@ -6,24 +6,29 @@ namespace FASTLORA_ISA {
 
 constexpr int64_t PACKED = 0;  // in place of a leading dimension: A is as pack_rows left it
 
+// Rows of A lie `lda` apart. Its own function, so that the sums have all registers: inlined, one of them is spilled, and costs half the speed.
 // Sums of RUN products are added to the tile, which keeps rounding errors from growing with the depth.
 constexpr int64_t RUN = VW == 4 ? 16 : 32;  // shorter where there is no FMA
 template <int MR>
-inline void micro_float(const float* a, int64_t depth, const float* b, float* tile) {
+__attribute__((noinline)) void micro_float(const float* a, int64_t lda, int64_t depth, const float* b, float* tile) {
   constexpr int GROUP = Shape<float>::GROUP;
   for (int i = 0; i < MR * GROUP; i += VW) vstore(tile + i, vzero());
   for (int64_t run = 0; run < depth; run += RUN) {
     vf acc[MR][2];
     for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = vzero();
-    const int64_t stop = min64(run + RUN, depth);
-    for (int64_t k = run; k < stop; ++k, b += GROUP) {
+    const auto add = [&](int64_t k) {
       const vf b0 = vload(b), b1 = vload(b + VW);
+      b += GROUP;
       for (int i = 0; i < MR; ++i) {
-        const vf ai = vset(a[i * depth + k]);
+        const vf ai = vset(a[i * lda + k]);
         acc[i][0] = vfma(ai, b0, acc[i][0]);
         acc[i][1] = vfma(ai, b1, acc[i][1]);
       }
-    }
+    };
+    int64_t k = run;
+    for (; k + 4 <= min64(run + RUN, depth); k += 4)
+      for (int j = 0; j < 4; ++j) add(k + j);
+    for (; k < min64(run + RUN, depth); ++k) add(k);
     for (int i = 0; i < MR; ++i) {
       float* line = tile + i * GROUP;
       vstore(line, vload(line) + acc[i][0]);
@@ -32,13 +37,14 @@ inline void micro_float(const float* a, int64_t depth, const float* b, float* ti
   }
 }
 
-inline void micro(const float* a, int64_t, int64_t rows, int64_t depth, const float* b, float* tile) {
+inline void micro(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* b, float* tile) {
   constexpr int GROUP = Shape<float>::GROUP;
+  if (lda == PACKED) lda = depth;
   constexpr int MR = VW == 16 ? 12 : 6;
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) micro_float<MR>(a + i * depth, depth, b, tile + i * GROUP);
-  for (; i + 4 <= rows; i += 4) micro_float<4>(a + i * depth, depth, b, tile + i * GROUP);
-  for (; i < rows; ++i) micro_float<1>(a + i * depth, depth, b, tile + i * GROUP);
+  for (; i + MR <= rows; i += MR) micro_float<MR>(a + i * lda, lda, depth, b, tile + i * GROUP);
+  for (; i + 4 <= rows; i += 4) micro_float<4>(a + i * lda, lda, depth, b, tile + i * GROUP);
+  for (; i < rows; ++i) micro_float<1>(a + i * lda, lda, depth, b, tile + i * GROUP);
 }
 
 #if defined(__AMX_BF16__)
@@ -152,11 +158,14 @@ inline void micro(const bf16* a, int64_t, int64_t rows, int64_t depth, const bf1
 #endif
 #endif
 
-// Whether rows of A can be multiplied where they lie: the matrix unit reads whole tiles at any distance.
-template <class Compute>
+// Whether rows of A can be multiplied where they lie: floats always, and the matrix unit reads whole tiles at any
+// distance.
+template <class Compute, class T = Compute>
 inline bool in_place(int64_t rows, int64_t depth) {
+  if (!std::is_same<Compute, T>::value) return false;
+  if (sizeof(Compute) == 4) return true;
 #if defined(__AMX_BF16__)
-  return sizeof(Compute) == 2 && rows == 32 && depth % 32 == 0;
+  return rows == 32 && depth % 32 == 0;
 #else
   (void)rows, (void)depth;
   return false;

@@ -68,6 +68,28 @@ inline void transpose16(__m512i r[16]) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 8 x 8 transpose of 32-bit lanes.
+inline void transpose8(__m256 r[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
+
 // out[c * ld_out + r] = in[r * ld_in + c] for 32-bit values, r < 16, c < count.
 inline void transpose_lanes(const uint32_t* in, int64_t ld_in, int64_t count, uint32_t* out, int64_t ld_out) {
   int64_t c = 0;
@@ -78,6 +100,14 @@ inline void transpose_lanes(const uint32_t* in, int64_t ld_in, int64_t count, ui
     transpose16(r);
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (c + i) * ld_out, r[i]);
   }
+#elif defined(__AVX2__)
+  for (; c + 8 <= count; c += 8)
+    for (int half = 0; half < 16; half += 8) {
+      __m256 r[8];
+      for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + (half + i) * ld_in + c));
+      transpose8(r);
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(reinterpret_cast<float*>(out + (c + i) * ld_out + half), r[i]);
+    }
 #endif
   for (; c < count; ++c)
     for (int r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld_in + c];

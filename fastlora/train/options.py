@@ -33,7 +33,7 @@ class QuickstartOptions:
         ValueError: an option out of range.
     """
 
-    steps: int = 150
+    steps: int = 100
     rank: int = 16
     method: str = "lora"
     quantize: str = "nf4"
