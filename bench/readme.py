@@ -1,4 +1,7 @@
-"""Write the figures of the README from bench/results: ``python -m bench.readme [--check]``."""
+"""Write bench/README.md, and the short form of it in the README, from bench/results.
+
+``python -m bench.readme`` writes both, with ``--check`` it says whether they are up to date.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import Any
 
 from bench.common import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parent / "README.md"
+README = PAGE.parents[1] / "README.md"
+SHOWN = "8B q/o"  # the layer that stands for all in the short form
 BEGIN = "<!-- figures: written by `python -m bench.readme` from bench/results -->\n"
 END = "<!-- end of figures -->"
 Row = dict[str, Any]
@@ -35,13 +40,20 @@ def last(rows: list[Row], *fields: str) -> list[Row]:
     return list({tuple(row.get(field) for field in fields): row for row in rows}.values())
 
 
+def where(row: Row) -> str:
+    """On what a row was measured."""
+    return (
+        f"{row['device']} ({row['isa']}), torch {row['torch']}, bitsandbytes"
+        f" {row['bitsandbytes']}, PEFT {row['peft']}"
+    )
+
+
 def linears(rows: list[Row]) -> list[str]:
     """What was measured where, and the table."""
     first = rows[0]
     return [
-        f"{first['device']} ({first['isa']}), torch {first['torch']}, bitsandbytes"
-        f" {first['bitsandbytes']}, PEFT {first['peft']}; bf16, adapters {first['adapter_dtype']},"
-        f" r = 16, NF4 double-quantised; commit {first['commit']}:",
+        f"{where(first)}; bf16, adapters {first['adapter_dtype']}, r = 16, NF4 double-quantised;"
+        f" commit {first['commit']}:",
         "\n".join(speed(rows)),
     ]
 
@@ -181,27 +193,34 @@ def digits(rows: list[Row]) -> list[str]:
     return lines
 
 
-def figures() -> str:
-    """The section as it should stand."""
+def page() -> str:
+    """bench/README.md as it should stand."""
     runs, extra = by_machine("linear-cpu"), latest("linear-memory-cpu")
     engine, steps = latest("engine-cpu"), latest("train-cpu", "commit")
     parts = [
+        "# Figures",
+        "Written by `python -m bench.readme` from the files in [results](results), to which each"
+        " script appends what it measured. Everything is on CPUs: no GPU has been measured yet.",
+        "## One layer",
         "One LoRA linear, all variants interleaved in one process, medians in ms (`python -m"
         " bench.linear`). The last three columns are how many times faster fastlora is.",
         *(part for rows in runs for part in linears(rows)),
         "Peak extra memory of one forward + backward beyond its inputs and outputs, MiB, at"
         f" {max(row['M'] for row in extra)} tokens (`python -m bench.linear --memory`):",
         "\n".join(memory(extra)),
+        "## Every method",
         f"Every method on NF4, forward + backward, adapters {engine[0]['adapter_dtype']} (`python"
         f" -m bench.engine`); commit {engine[0]['commit']}. LoRA and DoRA have r = 16, LoHa and"
         " LoKr r = 8, LoKr factor 8. PEFT's LoHa and LoKr run on a dense weight, which is all they"
         " can, its DoRA on bitsandbytes NF4. Times: how many times faster.",
         "\n".join(methods(engine)),
+        "## Whole training steps",
         "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on"
         f" every linear, adapters float32 as PEFT makes them; commit {steps[0]['commit']}. The same"
         " PEFT script with and without `patch_model(model)`; `nf4-dense` is fastlora's own NF4"
         " against PEFT on dense weights; `generate` is greedy, one sequence.",
         "\n".join(training(steps)),
+        "## Strategies",
         "`fastlora train` on a real task (`python -m bench.strategies`): which of ten packages of"
         " the standard library does a paragraph of documentation belong to? 2,000 training texts,"
         " 500 test texts, the pre-trained all-MiniLM-L6-v2, 3 epochs; by hand is the same with"
@@ -221,18 +240,59 @@ def figures() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def short() -> str:
+    """The README's section as it should stand."""
+    runs, steps = by_machine("linear-cpu"), latest("train-cpu", "commit")
+    parts = [
+        "All figures, with the commands that made them: [bench/README.md](bench/README.md). One"
+        " LoRA linear of an 8B Llama, r = 16, all variants interleaved in one process, medians in"
+        " ms (`python -m bench.linear`); the last three columns are how many times faster fastlora"
+        " is:"
+    ]
+    for rows in runs:
+        shown = [row for row in rows if row["shape"] == SHOWN]
+        parts += [f"{where(shown[0])}; bf16:", "\n".join(speed(shown))]
+    parts += [
+        "Whole training steps (`python -m bench.train`, Xeon): AdamW, 4 x 256 tokens, LoRA r = 16"
+        " on every linear. The same PEFT script with and without `patch_model(model)`; `nf4-dense`"
+        " is fastlora's own NF4 against PEFT on dense weights; `generate` is greedy, one sequence.",
+        "\n".join(training(steps)),
+        agreement(last(everything("strategies"), *RUN)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def agreement(rows: list[Row]) -> str:
+    """The accuracy of the command beside that of scripts by hand."""
+    parts = []
+    for method in ("full", "partial", "lora"):
+        chosen = [row for row in rows if row["method"] == method and not row.get("quantize")]
+        ours = mean([row for row in chosen if row["how"] == "fastlora"], "accuracy")
+        hand = mean([row for row in chosen if row["how"] == "by hand"], "accuracy")
+        parts.append(f"{method} {ours} against {hand}")
+    stored = mean([row for row in rows if row.get("quantize") == "nf4"], "accuracy")
+    scratch = mean([row for row in rows if row["method"] == "scratch"], "accuracy")
+    return (
+        "Accuracy of `fastlora train` on a real task, against scripts of transformers and PEFT by"
+        f" hand, mean and spread over seeds: {'; '.join(parts)}; lora on NF4 {stored}; the"
+        f" architecture from scratch {scratch} (`python -m bench.strategies`)."
+    )
+
+
 def main() -> int:
-    """Replace the section, or with --check say whether it is up to date."""
+    """Write both, or with --check say whether they are up to date."""
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
-    if "--check" in sys.argv:
-        if new != text:
-            print("README.md is not what bench/results says: run `python -m bench.readme`.")
-        return int(new != text)
-    README.write_text(new)
-    return 0
+    wanted = {README: f"{before}{BEGIN}\n{short()}\n{END}{after}", PAGE: page()}
+    if "--check" not in sys.argv:
+        for path, new in wanted.items():
+            path.write_text(new)
+        return 0
+    stale = [path for path, new in wanted.items() if not path.is_file() or path.read_text() != new]
+    for path in stale:
+        print(f"{path} is not what bench/results says: run `python -m bench.readme`.")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":
