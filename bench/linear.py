@@ -134,10 +134,15 @@ def check(layers: dict[str, Layer], x: Tensor) -> None:
             torch.testing.assert_close(got, want, atol=0.02 * want.abs().max().item(), rtol=0.02)
 
 
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype]:
+    """That of activations and dense weights, and the adapter's."""
+    return getattr(torch, args.dtype), getattr(torch, args.adapter_dtype or args.dtype)
+
+
 def time_shape(name: str, tokens: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of results of one shape."""
     n, k = SHAPES[name]
-    dtype, adapter = torch.bfloat16, getattr(torch, args.adapter_dtype)
+    dtype, adapter = dtypes(args)
     rows = []
     for mode in args.passes:
         train = mode != "forward"
@@ -177,14 +182,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 def extra_memory(name: str, m: int, variant: str, args: argparse.Namespace) -> int:
     """Peak bytes of one forward + backward beyond its inputs and outputs."""
     n, k = SHAPES[name]
-    makers = build(n, k, torch.bfloat16, getattr(torch, args.adapter_dtype), "cpu", True)
-    layer = makers[variant]()
-    warm = build(64, 64, torch.bfloat16, getattr(torch, args.adapter_dtype), "cpu", True)
-    tiny = torch.randn(1, 64).bfloat16().requires_grad_()
-    warm[variant]().train(tiny, torch.randn(1, 64).bfloat16())  # libraries loaded, threads started
-    x = torch.randn(m, k).bfloat16().requires_grad_()
-    dy = torch.randn(m, n).bfloat16()
-    return memory.peak(partial(layer.train, x, dy), m * n * 2)
+    dtype, adapter = dtypes(args)
+    layer = build(n, k, dtype, adapter, "cpu", True)[variant]()
+    warm = build(64, 64, dtype, adapter, "cpu", True)
+    tiny = torch.randn(1, 64).to(dtype).requires_grad_()
+    warm[variant]().train(tiny, torch.randn(1, 64).to(dtype))  # libraries loaded, threads started
+    x = torch.randn(m, k).to(dtype).requires_grad_()
+    dy = torch.randn(m, n).to(dtype)
+    return memory.peak(partial(layer.train, x, dy), dy.nbytes)
 
 
 def memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -209,7 +214,8 @@ def memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
                     str(m),
                     variant,
                 ]
-                command += ["--adapter-dtype", args.adapter_dtype]
+                command += ["--dtype", args.dtype]
+                command += ["--adapter-dtype", args.adapter_dtype or args.dtype]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 size = int(json.loads(out.splitlines()[-1]))
                 cells.append(size)
@@ -228,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--adapter-dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--adapter-dtype", choices=("bfloat16", "float32"), help="as --dtype")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=1.0, help="per row of the table")
     parser.add_argument("--memory", action="store_true", help="peak extra memory instead of time")
@@ -254,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         print("   nf4 against: dense, dense+lora, peft+bnb (median ms)")
         rows, kind = [r for s in args.shapes for r in time_shape(s, args.tokens, args)], "linear"
     if not args.no_write:
-        extra = {"bench": kind, "adapter_dtype": args.adapter_dtype, **facts}
+        names = {"dtype": args.dtype, "adapter_dtype": args.adapter_dtype or args.dtype}
+        extra = {"bench": kind, **names, **facts}
         print(
             f"appended to {common.append(f'{kind}-{args.device}', [{**extra, **r} for r in rows])}"
         )

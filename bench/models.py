@@ -36,8 +36,8 @@ SHAPES = {
 }
 
 
-def build(name: str, base: str, device: str) -> Any:
-    """A bfloat16 LlamaForCausalLM, its decoder's linears "dense", "bnb" or "nf4" (fastlora's).
+def build(name: str, base: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A LlamaForCausalLM of that dtype, its decoder's linears "dense", "bnb" or "nf4" (fastlora's).
 
     Layers are made and converted one by one on the device, so that no more than one of them is ever
     there in full.
@@ -55,14 +55,14 @@ def build(name: str, base: str, device: str) -> Any:
         vocab_size=shape.vocabulary,
         max_position_embeddings=8192,
         attn_implementation="sdpa",
-        dtype="bfloat16",
+        dtype=str(dtype).removeprefix("torch."),
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).bfloat16()
+        model = LlamaForCausalLM(config).to(dtype)
         model.config.num_hidden_layers = shape.layers
         for i in range(shape.layers):
-            layer = LlamaDecoderLayer(model.config, i).bfloat16()
+            layer = LlamaDecoderLayer(model.config, i).to(dtype)
             for parameter in layer.parameters():
                 if parameter.dim() == 2:
                     parameter.data.normal_(std=0.02)
@@ -86,7 +86,7 @@ def convert(layer: nn.Module, base: str, device: str) -> None:
         if isinstance(linear, nn.Linear):
             n, k = linear.weight.shape
             four = bnb.nn.Linear4bit(
-                k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+                k, n, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta"
             )
             weight = linear.weight.detach()
             four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")

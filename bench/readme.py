@@ -18,6 +18,12 @@ README = PAGE.parents[1] / "README.md"
 SHOWN = "8B q/o"  # the layer that stands for all in the short form
 BEGIN = "<!-- figures: written by `python -m bench.readme` from bench/results -->\n"
 END = "<!-- end of figures -->"
+STEPS = (
+    "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on every"
+    " linear, adapters float32 as PEFT makes them. The same PEFT script with and without"
+    " `patch_model(model)`; `nf4-dense` is fastlora's own NF4 against PEFT on dense weights;"
+    " `generate` is greedy, one sequence."
+)
 Row = dict[str, Any]
 RUN = ("model", "method", "how", "quantize", "seed")  # which runs are the same one again
 
@@ -28,11 +34,15 @@ def latest(name: str, field: str = "date") -> list[Row]:
     return [row for row in rows if row[field] == rows[-1][field]]
 
 
-def by_machine(name: str) -> list[list[Row]]:
-    """The rows of the newest run of each machine in a results file."""
+def by_machine(name: str, field: str = "date") -> list[list[Row]]:
+    """The rows of the newest run of each machine and dtype in a results file, or of its commit."""
+
+    def kind(row: Row) -> tuple[str, str]:
+        return row["device"], row.get("dtype", "bfloat16")
+
     rows = everything(name)
-    newest = {row["device"]: row["date"] for row in rows}  # the last row of each wins
-    return [[row for row in rows if (row["device"], row["date"]) == run] for run in newest.items()]
+    newest = {kind(row): row[field] for row in rows}  # the last row of each wins
+    return [[row for row in rows if (kind(row), row[field]) == run] for run in newest.items()]
 
 
 def last(rows: list[Row], *fields: str) -> list[Row]:
@@ -44,7 +54,7 @@ def where(row: Row) -> str:
     """On what a row was measured."""
     return (
         f"{row['device']} ({row['isa']}), torch {row['torch']}, bitsandbytes"
-        f" {row['bitsandbytes']}, PEFT {row['peft']}"
+        f" {row['bitsandbytes']}, PEFT {row['peft']}; {row.get('dtype', 'bfloat16')}"
     )
 
 
@@ -52,8 +62,8 @@ def linears(rows: list[Row]) -> list[str]:
     """What was measured where, and the table."""
     first = rows[0]
     return [
-        f"{where(first)}; bf16, adapters {first['adapter_dtype']}, r = 16, NF4 double-quantised;"
-        f" commit {first['commit']}:",
+        f"{where(first)}, adapters {first['adapter_dtype']}, r = 16, NF4 double-quantised; commit"
+        f" {first['commit']}:",
         "\n".join(speed(rows)),
     ]
 
@@ -133,7 +143,7 @@ def training(rows: list[Row]) -> list[str]:
         memory = " | ".join("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
         speed = f"{row['other_tokens_s']:.1f} | {row['ours_tokens_s']:.1f} | {row['times']:.2f}"
         lines.append(f"| {row['name']} | {speed} | {memory} |")
-    return [*lines, "", f"{'; '.join(around)}."]
+    return [*lines, "", f"{'; '.join(around)}."] if around else lines
 
 
 def everything(name: str) -> list[Row]:
@@ -196,7 +206,7 @@ def digits(rows: list[Row]) -> list[str]:
 def page() -> str:
     """bench/README.md as it should stand."""
     runs, extra = by_machine("linear-cpu"), latest("linear-memory-cpu")
-    engine, steps = latest("engine-cpu"), latest("train-cpu", "commit")
+    engine, steps = latest("engine-cpu"), by_machine("train-cpu", "commit")
     parts = [
         "# Figures",
         "Written by `python -m bench.readme` from the files in [results](results), to which each"
@@ -215,11 +225,8 @@ def page() -> str:
         " can, its DoRA on bitsandbytes NF4. Times: how many times faster.",
         "\n".join(methods(engine)),
         "## Whole training steps",
-        "Whole training steps (`python -m bench.train`): AdamW, 4 x 256 tokens, LoRA r = 16 on"
-        f" every linear, adapters float32 as PEFT makes them; commit {steps[0]['commit']}. The same"
-        " PEFT script with and without `patch_model(model)`; `nf4-dense` is fastlora's own NF4"
-        " against PEFT on dense weights; `generate` is greedy, one sequence.",
-        "\n".join(training(steps)),
+        STEPS,
+        *(part for rows in steps for part in (f"{where(rows[0])}:", "\n".join(training(rows)))),
         "## Strategies",
         "`fastlora train` on a real task (`python -m bench.strategies`): which of ten packages of"
         " the standard library does a paragraph of documentation belong to? 2,000 training texts,"
@@ -242,7 +249,7 @@ def page() -> str:
 
 def short() -> str:
     """The README's section as it should stand."""
-    runs, steps = by_machine("linear-cpu"), latest("train-cpu", "commit")
+    runs, steps = by_machine("linear-cpu"), by_machine("train-cpu", "commit")
     parts = [
         "All figures, with the commands that made them: [bench/README.md](bench/README.md). One"
         " LoRA linear of an 8B Llama, r = 16, all variants interleaved in one process, medians in"
@@ -251,12 +258,10 @@ def short() -> str:
     ]
     for rows in runs:
         shown = [row for row in rows if row["shape"] == SHOWN]
-        parts += [f"{where(shown[0])}; bf16:", "\n".join(speed(shown))]
+        parts += [f"{where(shown[0])}:", "\n".join(speed(shown))]
     parts += [
-        "Whole training steps (`python -m bench.train`, Xeon): AdamW, 4 x 256 tokens, LoRA r = 16"
-        " on every linear. The same PEFT script with and without `patch_model(model)`; `nf4-dense`"
-        " is fastlora's own NF4 against PEFT on dense weights; `generate` is greedy, one sequence.",
-        "\n".join(training(steps)),
+        STEPS,
+        *(part for rows in steps for part in (f"{where(rows[0])}:", "\n".join(training(rows)))),
         agreement(last(everything("strategies"), *RUN)),
     ]
     return "\n\n".join(parts) + "\n"

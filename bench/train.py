@@ -2,6 +2,7 @@
 
 python -m bench.train                   # the CPU table, appended to bench/results/train-cpu.jsonl
 python -m bench.train --device cuda     # Llama-3.2-1B, 8B and 70B shapes, to train-gpu.jsonl
+python -m bench.train --dtype float32   # for a CPU without instructions for bfloat16
 python -m bench.train --case 110M-lora  # the cases whose names start so; --no-write: no file
 
 Both variants of a case are in one process, their steps in turn (AdamW, random tokens, adapters as
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Case:
         batch: sequences.
         length: tokens of each.
         checkpointing: recompute activations in the backward pass.
+        dtype: of activations and dense weights.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     batch: int = 4
     length: int = 256
     checkpointing: bool = False
+    dtype: str = "bfloat16"
 
 
 CPU = (
@@ -75,7 +78,9 @@ TINY = Case("tiny", "tiny", "lora", "dense", batch=2, length=16)
 def prepared(case: Case, variant: str, device: str) -> Any:
     """The model of one variant, "other" or "ours", ready to train."""
     own = case.ours == "nf4" and variant == "ours"
-    model = models.build(case.model, "nf4" if own else case.other, device)
+    model = models.build(
+        case.model, "nf4" if own else case.other, device, getattr(torch, case.dtype)
+    )
     if own:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -147,6 +152,8 @@ def peak_apart(case: Case, variant: str, device: str) -> int | None:
         "bench.train",
         "--device",
         device,
+        "--dtype",
+        case.dtype,
         "--peak",
         case.name,
         variant,
@@ -202,11 +209,11 @@ def run(cases: list[Case], device: str, seconds: float, memory: bool, write: boo
             common.append(f"train-{'gpu' if device == 'cuda' else 'cpu'}", [{**facts, **row}])
 
 
-def run_usage(wanted: str, device: str, seconds: float, write: bool) -> None:
+def run_usage(wanted: str, device: str, dtype: str, seconds: float, write: bool) -> None:
     """Measure, print and keep what lies around the steps; names that start with `wanted`."""
     rows: list[dict[str, Any]] = []
     if "generate".startswith(wanted):
-        rows += usage.generate(device, seconds)
+        rows += usage.generate(device, dtype, seconds)
     if "import".startswith(wanted):
         rows.append(usage.import_seconds())
     if "patch".startswith(wanted) and device == "cpu":
@@ -221,6 +228,7 @@ def run_usage(wanted: str, device: str, seconds: float, write: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="training steps with and without patch_model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--case", default="", help="only cases whose names start so")
     parser.add_argument("--seconds", type=float, default=40.0, help="timing per case")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -230,14 +238,20 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a CUDA device, found none; run it on a machine with a GPU")
         return 2
-    known = [*(CUDA if options.device == "cuda" else CPU), TINY]
+    cases = [*(CUDA if options.device == "cuda" else CPU), TINY]
+    known = [replace(case, dtype=options.dtype) for case in cases]
     if options.peak:
         case = next(c for c in known if c.name == options.peak[0])
         print(peak(case, options.peak[1], options.device))
         return 0
-    wanted = [c for c in known if c.name.startswith(options.case) and (options.case or c != TINY)]
+    wanted = [
+        c
+        for c in known
+        if c.name.startswith(options.case) and (options.case or c.name != TINY.name)
+    ]
     run(wanted, options.device, options.seconds, not options.no_memory, not options.no_write)
-    run_usage(options.case, options.device, options.seconds, not options.no_write)
+    write = not options.no_write
+    run_usage(options.case, options.device, options.dtype, options.seconds, write)
     if options.device == "cuda" and "Llama-3-70B".startswith(options.case):
         row = {**common.facts("cuda"), **large_step(48)}
         print(json.dumps(row))

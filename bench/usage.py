@@ -18,12 +18,13 @@ NEW = 24
 PROMPT = 16
 
 
-def generate(device: str, seconds: float) -> list[dict[str, Any]]:
-    """Greedy text generation of the 1B shape, one sequence: bitsandbytes, bfloat16 and ours."""
+def generate(device: str, dtype: str, seconds: float) -> list[dict[str, Any]]:
+    """Greedy text generation of the 1B shape, one sequence: bitsandbytes, dense and ours."""
+    wanted, dense = getattr(torch, dtype), {"bfloat16": "bf16"}.get(dtype, dtype)
     made = {
-        "bnb": models.build("1B", "bnb", device),
-        "bf16": models.build("1B", "dense", device),
-        "ours": fastlora.patch_model(models.build("1B", "bnb", device)),
+        "bnb": models.build("1B", "bnb", device, wanted),
+        dense: models.build("1B", "dense", device, wanted),
+        "ours": fastlora.patch_model(models.build("1B", "bnb", device, wanted)),
     }
     tokens = torch.randint(8192, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     runs: dict[str, Callable[[], object]] = {}
@@ -33,10 +34,11 @@ def generate(device: str, seconds: float) -> list[dict[str, Any]]:
         name: NEW / common.summary(times)["ms_p50"] * 1e3
         for name, times in common.interleaved(runs, seconds, device).items()
     }
-    targets = {"bnb": 1.5, "bf16": 2.5}
+    targets = {"bnb": 1.5, dense: 2.5}
     return [
         {
             "name": f"generate-1B-{other}",
+            "dtype": dtype,
             "other_tokens_s": round(rates[other], 2),
             "ours_tokens_s": round(rates["ours"], 2),
             "times": round(rates["ours"] / rates[other], 3),
