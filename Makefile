@@ -2,7 +2,7 @@
 VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
-export VENV
+export VENV JOBS
 export HF_HUB_OFFLINE = 1
 
 .PHONY: quickstart test check bench install-train install-dev

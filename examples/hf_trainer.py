@@ -19,10 +19,10 @@ from fastlora.nano import MODEL_DIR
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=60)
-steps = parser.parse_args().steps
+steps, gpu = parser.parse_args().steps, torch.cuda.is_available()
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16")
+model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16" if gpu else "float32")
 fastlora.patch_model(model, fastlora.LoraConfig(r=8, lora_alpha=16), quantize="nf4")
 
 texts = Dataset.from_dict({"text": [text for _, text in sorted(topics.items())]})
@@ -38,12 +38,12 @@ with tempfile.TemporaryDirectory() as directory:
             max_steps=steps,
             per_device_train_batch_size=8,
             learning_rate=2e-3,
-            bf16=True,
             gradient_checkpointing=True,
             logging_steps=max(1, steps // 4),
             save_strategy="no",
             report_to=[],
-            use_cpu=not torch.cuda.is_available(),
+            bf16=gpu,
+            use_cpu=not gpu,
         ),
         train_dataset=split["train"],
         eval_dataset=split["test"],

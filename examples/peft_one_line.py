@@ -17,7 +17,7 @@ steps = parser.parse_args().steps
 
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16")
+model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32")
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 fastlora.patch_model(model)  # the one line
 
@@ -37,7 +37,7 @@ print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 with tempfile.TemporaryDirectory() as directory:
     model.save_pretrained(directory)  # PEFT's own files
-    base = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16")
+    base = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32")
     loaded = PeftModel.from_pretrained(base, directory)
 with torch.no_grad():
     model.eval()

@@ -14,10 +14,10 @@ from fastlora.nano import MODEL_DIR
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=40)
-steps = parser.parse_args().steps
+steps, gpu = parser.parse_args().steps, torch.cuda.is_available()
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16")
+model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="bfloat16" if gpu else "float32")
 adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 model = fastlora.patch_model(get_peft_model(model, adapter))
 
@@ -38,7 +38,8 @@ with tempfile.TemporaryDirectory() as directory:
             logging_steps=max(1, steps // 4),
             save_strategy="no",
             report_to=[],
-            use_cpu=not torch.cuda.is_available(),
+            bf16=gpu,
+            use_cpu=not gpu,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

@@ -23,9 +23,9 @@ EVERY_KERNEL = set(
 )
 
 
-def run(tmp_path: Path, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(*options: str, **extra: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), **extra}
+    environment |= extra
     environment["PYTHONPATH"] = f"{ROOT / 'kernels'}:{environment.get('PYTHONPATH', '')}"
     command = [sys.executable, "-m", "fastlora_kernels.aot", *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -34,7 +34,7 @@ def run(tmp_path: Path, *options: str, **extra: str) -> subprocess.CompletedProc
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     """The most demanding variant of every kernel, on every architecture."""
-    done = run(tmp_path, "--quick", "--json", str(tmp_path / "table.json"))
+    done = run("--quick", "--json", str(tmp_path / "table.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "table.json").read_text())["kernels"]
     assert {r["arch"] for r in reports} == set(aot.ARCHS)
@@ -45,8 +45,8 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     assert all(r["matrix"] > 0 for r in reports if r["kernel"].startswith("lora_linear_fwd"))
 
 
-def test_interpreted_kernels_are_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, "--quick", TRITON_INTERPRET="1")
+def test_interpreted_kernels_are_refused() -> None:
+    done = run("--quick", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET must be unset" in done.stdout
 
