@@ -45,6 +45,7 @@ struct Step {
   float* partial;  // (rows of a block, stride), by position
   int64_t stride, position;  // of the block's first row
 };
+constexpr Step WHOLE{true, true, nullptr, 0, 0};  // nothing to add up
 
 template <class O>
 inline void store_first(O* p, vf v, int64_t count) {
@@ -92,13 +93,13 @@ inline void finish_rows(const float* tile, int64_t ld, int64_t cols, const Epilo
     }
 }
 
-template <int GROUP, class O>
-inline void finish(const float* tile, int64_t rows, int64_t cols, const Epilogue& e, const Step& step, int64_t position,
+template <class O>
+inline void finish(const float* tile, int64_t ld, int64_t rows, int64_t cols, const Epilogue& e, const Step& step, int64_t position,
                    int64_t col, O* out, int64_t ldo) {
   for (int64_t c = 0; c < cols; c += 2 * VW) {
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) finish_rows<4>(tile, GROUP, cols, e, step, position, i, col, c, out, ldo);
-    for (; i < rows; ++i) finish_rows<1>(tile, GROUP, cols, e, step, position, i, col, c, out, ldo);
+    for (; i + 4 <= rows; i += 4) finish_rows<4>(tile, ld, cols, e, step, position, i, col, c, out, ldo);
+    for (; i < rows; ++i) finish_rows<1>(tile, ld, cols, e, step, position, i, col, c, out, ldo);
   }
 }
 

@@ -165,13 +165,21 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
           multiply(products + 1, 1, count, low);
           e.low = low, e.ranks = span.r;
         }
-        finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
+        finish(tile, GROUP, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
         continue;
       }
     }
 #endif
-    micro(from, direct ? part.lda : PACKED, count, depth, s.panel + c * stride, tile);
-    finish<GROUP>(tile, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
+    const int64_t lda = direct ? part.lda : PACKED;
+    if constexpr (std::is_same<Compute, float>::value) {  // the partial sums are the tile
+      const int64_t ld = step.first && step.last ? GROUP : step.stride;
+      float* sums = step.first && step.last ? tile : step.partial + (position - step.position) * ld + c;
+      micro(from, lda, count, depth, s.panel + c * stride, sums, ld, !step.first);
+      if (step.last) finish(sums, ld, count, min64(GROUP, cols - c), e, WHOLE, position, c, g.out + col, g.columns());
+    } else {
+      micro(from, lda, count, depth, s.panel + c * stride, tile);
+      finish(tile, GROUP, count, min64(GROUP, cols - c), e, step, position, c, g.out + col, g.columns());
+    }
   }
 }
 

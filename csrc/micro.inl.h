@@ -6,45 +6,42 @@ namespace FASTLORA_ISA {
 
 constexpr int64_t PACKED = 0;  // in place of a leading dimension: A is as pack_rows left it
 
-// Rows of A lie `lda` apart. Its own function, so that the sums have all registers: inlined, one of them is spilled, and costs half the speed.
 // Sums of RUN products are added to the tile, which keeps rounding errors from growing with the depth.
-constexpr int64_t RUN = VW == 4 ? 16 : 32;  // shorter where there is no FMA
+constexpr int64_t RUN = VW == 4 ? 16 : VW == 8 ? 64 : 32;  // shorter where there is no FMA
+
+// Rows of A lie `lda` apart, those of the tile `ld`; `add`: to what the tile holds. A function of its own, so that the
+// sums have all registers: inlined, one of them is spilled, and costs half the speed.
 template <int MR>
-__attribute__((noinline)) void micro_float(const float* a, int64_t lda, int64_t depth, const float* b, float* tile) {
-  constexpr int GROUP = Shape<float>::GROUP;
-  for (int i = 0; i < MR * GROUP; i += VW) vstore(tile + i, vzero());
-  for (int64_t run = 0; run < depth; run += RUN) {
+__attribute__((noinline)) void micro_float(const float* a, int64_t lda, int64_t depth, const float* b, float* tile,
+                                           int64_t ld, bool add) {
+  for (int64_t run = 0; run < depth || run == 0; run += RUN, add = true) {
     vf acc[MR][2];
     for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = vzero();
-    const auto add = [&](int64_t k) {
+    const int64_t stop = min64(run + RUN, depth);
+    for (int64_t k = run; k < stop; ++k, b += 2 * VW) {
       const vf b0 = vload(b), b1 = vload(b + VW);
-      b += GROUP;
       for (int i = 0; i < MR; ++i) {
         const vf ai = vset(a[i * lda + k]);
         acc[i][0] = vfma(ai, b0, acc[i][0]);
         acc[i][1] = vfma(ai, b1, acc[i][1]);
       }
-    };
-    int64_t k = run;
-    for (; k + 4 <= min64(run + RUN, depth); k += 4)
-      for (int j = 0; j < 4; ++j) add(k + j);
-    for (; k < min64(run + RUN, depth); ++k) add(k);
-    for (int i = 0; i < MR; ++i) {
-      float* line = tile + i * GROUP;
-      vstore(line, vload(line) + acc[i][0]);
-      vstore(line + VW, vload(line + VW) + acc[i][1]);
     }
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < 2; ++v) {
+        float* sums = tile + i * ld + v * VW;
+        vstore(sums, add ? vload(sums) + acc[i][v] : acc[i][v]);
+      }
   }
 }
 
-inline void micro(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* b, float* tile) {
-  constexpr int GROUP = Shape<float>::GROUP;
-  if (lda == PACKED) lda = depth;
+inline void micro(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* b, float* tile, int64_t ld,
+                  bool add) {
   constexpr int MR = VW == 16 ? 12 : 6;
+  if (lda == PACKED) lda = depth;
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) micro_float<MR>(a + i * lda, lda, depth, b, tile + i * GROUP);
-  for (; i + 4 <= rows; i += 4) micro_float<4>(a + i * lda, lda, depth, b, tile + i * GROUP);
-  for (; i < rows; ++i) micro_float<1>(a + i * lda, lda, depth, b, tile + i * GROUP);
+  for (; i + MR <= rows; i += MR) micro_float<MR>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
+  for (; i + 4 <= rows; i += 4) micro_float<4>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
+  for (; i < rows; ++i) micro_float<1>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
 }
 
 #if defined(__AMX_BF16__)
