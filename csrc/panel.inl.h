@@ -26,9 +26,9 @@ struct Shape;
 template <>
 struct Shape<float> {
   static constexpr int GROUP = 2 * VW;     // columns of one micro-kernel call
-  static constexpr int64_t DEPTH = VW == 8 ? 256 : 512;  // reduction of one panel
-  static constexpr int ROWS = VW == 4 ? 24 : VW == 8 ? 96 : 48;  // rows of A packed at a time
-  static constexpr int64_t BLOCK = 8 * 48;         // rows whose partial sums are kept, for which a panel is decoded
+  static constexpr int64_t DEPTH = 512;    // reduction of one panel
+  static constexpr int ROWS = VW == 4 ? 24 : 48;  // rows of A packed at a time
+  static constexpr int64_t BLOCK = 8 * 48;        // rows whose partial sums are kept, for which a panel is decoded
 };
 template <>
 struct Shape<bf16> {
