@@ -234,8 +234,8 @@ def page() -> str:
         " transformers and PEFT alone; scratch is the architecture without its pre-training.",
         "\n".join(strategies(last(everything("strategies"), *RUN))),
         "Of a run made twice the later counts, so rows come from two machines and several commits"
-        " (see the file). From scratch one seed is much worse than the others. `seconds` in the file"
-        " were measured beside other work, some while the run was stopped; for times see below.",
+        " (see the file). From scratch one seed is much worse than the others. `seconds` in the"
+        " file were measured beside other work, some while the run was stopped; times are below.",
         strategy_times(latest("strategies-time", "commit")),
         "Images (`python -m bench.digits`): small models pre-trained on the digits 0-4, then 5-9"
         " from 20 images each; accuracy on 300 test images, three seeds.",
