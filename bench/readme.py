@@ -30,7 +30,7 @@ RUN = ("model", "method", "how", "quantize", "seed")  # which runs are the same 
 
 def latest(name: str, field: str = "date") -> list[Row]:
     """The rows of the newest run in a results file, or of all runs with its commit."""
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    rows = everything(name)
     return [row for row in rows if row[field] == rows[-1][field]]
 
 
@@ -146,6 +146,14 @@ def training(rows: list[Row]) -> list[str]:
     return [*lines, "", f"{'; '.join(around)}."] if around else lines
 
 
+def whole_steps() -> list[str]:
+    """For each machine what was measured where, and the table of training steps."""
+    parts = []
+    for rows in by_machine("train-cpu", "commit"):
+        parts += [f"{where(rows[0])}; commit {rows[0]['commit']}:", "\n".join(training(rows))]
+    return parts
+
+
 def everything(name: str) -> list[Row]:
     """All rows of a results file."""
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
@@ -206,7 +214,7 @@ def digits(rows: list[Row]) -> list[str]:
 def page() -> str:
     """bench/README.md as it should stand."""
     runs, extra = by_machine("linear-cpu"), latest("linear-memory-cpu")
-    engine, steps = latest("engine-cpu"), by_machine("train-cpu", "commit")
+    engine = latest("engine-cpu")
     parts = [
         "# Figures",
         "Written by `python -m bench.readme` from the files in [results](results), to which each"
@@ -226,7 +234,7 @@ def page() -> str:
         "\n".join(methods(engine)),
         "## Whole training steps",
         STEPS,
-        *(part for rows in steps for part in (f"{where(rows[0])}:", "\n".join(training(rows)))),
+        *whole_steps(),
         "## Strategies",
         "`fastlora train` on a real task (`python -m bench.strategies`): which of ten packages of"
         " the standard library does a paragraph of documentation belong to? 2,000 training texts,"
@@ -249,7 +257,7 @@ def page() -> str:
 
 def short() -> str:
     """The README's section as it should stand."""
-    runs, steps = by_machine("linear-cpu"), by_machine("train-cpu", "commit")
+    runs = by_machine("linear-cpu")
     parts = [
         "All figures, with the commands that made them: [bench/README.md](bench/README.md). One"
         " LoRA linear of an 8B Llama, r = 16, all variants interleaved in one process, medians in"
@@ -261,7 +269,7 @@ def short() -> str:
         parts += [f"{where(shown[0])}:", "\n".join(speed(shown))]
     parts += [
         STEPS + " In float32 on a CPU with AVX2 alone there is no gain in time.",
-        *(part for rows in steps for part in (f"{where(rows[0])}:", "\n".join(training(rows)))),
+        *whole_steps(),
         agreement(last(everything("strategies"), *RUN)),
     ]
     return "\n\n".join(parts) + "\n"
