@@ -19,13 +19,17 @@ struct Epilogue {
   void* scaled;
 };
 
+// U of a panel lies as a panel of the float micro-kernel does: [group of LOW_GROUP columns][r][LOW_GROUP].
+constexpr int64_t LOW_GROUP = 2 * VW;
+inline int64_t low_rank_place(int64_t r, int64_t col) { return col / LOW_GROUP * r * LOW_GROUP + col % LOW_GROUP; }
+
 // The low-rank term of ROWS rows and two vectors of columns.
 template <int ROWS>
 inline void low_rank(const Epilogue& e, const int64_t row[ROWS], int64_t col, const float* low, int64_t ld, vf term[ROWS][2]) {
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < 2; ++v) term[i][v] = low ? vload(low + i * ld + v * VW) : vzero();
   for (int64_t j = e.rank; !low && j < e.rank + e.ranks; ++j) {
-    const float* u = e.u + j * PANEL_COLUMNS + col;
+    const float* u = e.u + low_rank_place(e.r, col) + j * LOW_GROUP;
     const vf u0 = vload(u), u1 = vload(u + VW);
     for (int i = 0; i < ROWS; ++i) {
       const vf s = vset(e.s[row[i] * e.r + j]);
@@ -107,12 +111,11 @@ inline void finish(const float* tile, int64_t ld, int64_t rows, int64_t cols, co
 template <class L>
 inline void pack_low_rank(const L* matrix, int64_t r, int64_t ld, bool transposed, float scaling, int64_t col,
                           int64_t cols, float* u) {
-  for (int64_t j = 0; j < r; ++j) {
-    float* line = u + j * PANEL_COLUMNS;
-    for (int64_t c = 0; c < cols; ++c)
-      line[c] = scaling * to_float(transposed ? matrix[(col + c) * r + j] : matrix[j * ld + col + c]);
-    memset(line + cols, 0, (PANEL_COLUMNS - cols) * sizeof(float));
-  }
+  memset(u, 0, r * PANEL_COLUMNS * sizeof(float));
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t j = 0; j < r; ++j)
+      u[low_rank_place(r, c) + j * LOW_GROUP] =
+          scaling * to_float(transposed ? matrix[(col + c) * r + j] : matrix[j * ld + col + c]);
 }
 
 }  // namespace FASTLORA_ISA

@@ -148,6 +148,11 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
   const T* a = part.a + g.rows.at(position) * part.lda + red;
   const bool direct = in_place<Compute, T>(count, depth) && g.rows.adjoin(position, count);
   if (!direct) pack_rows(Lines<T>{part.a + red, part.lda, &g.rows, position}, count, depth, s.rows);
+  const float* low = nullptr;  // the low-rank term, where it is a product of the float micro-kernel like any other
+  if (std::is_same<Compute, float>::value && span.r && !dropout.on && g.rows.adjoin(position, count)) {
+    low = g.s + g.rows.at(position) * g.lora.r + span.rank;
+    e.ranks = 0;
+  }
   for (int64_t c = 0; c < cols; c += GROUP) {
     const Compute* from = direct ? reinterpret_cast<const Compute*>(a) : s.rows;
 #if defined(__AMX_BF16__)
@@ -175,6 +180,10 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
       const int64_t ld = step.first && step.last ? GROUP : step.stride;
       float* sums = step.first && step.last ? tile : step.partial + (position - step.position) * ld + c;
       micro(from, lda, count, depth, s.panel + c * stride, sums, ld, !step.first);
+      if (step.last && low) {
+        const float* u = s.u + low_rank_place(g.lora.r, c) + span.rank * GROUP;
+        micro(low, g.lora.r, count, span.r, u, sums, ld, true);
+      }
       if (step.last) finish(sums, ld, count, min64(GROUP, cols - c), e, WHOLE, position, c, g.out + col, g.columns());
     } else {
       micro(from, lda, count, depth, s.panel + c * stride, tile);
