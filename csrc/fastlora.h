@@ -110,8 +110,8 @@ FASTLORA_API int32_t fastlora_row_norms(int32_t dtype, int64_t n, int64_t r, con
                                         const void* b, const float* gram, float scaling, float* out, int32_t threads);
 
 // DoRA: z (m, n) = x W^T + scaling s B^T, s as in fastlora_lora_linear; norms (n) as in fastlora_row_norms, W decoded to
-// `dtype`; y (m, n) = z * magnitude / norms + bias, with norms at least FLT_MIN. squares and magnitude (n), bias (n) or
-// NULL; the adapter has the dtype F32 or `dtype`.
+// `dtype`; y (m, n) = z * (magnitude / norms) + bias, the factor being 0 for norms below FLT_MIN. squares and
+// magnitude (n), bias (n) or NULL; the adapter has the dtype F32 or `dtype`.
 FASTLORA_API int32_t fastlora_scaled_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx,
                                             const fastlora_weight* w, const fastlora_lora* lora, const float* squares,
                                             const float* magnitude, const float* bias, float* norms, float* s, void* z,

@@ -229,6 +229,7 @@ inline void one_panel(const Gemm<T, O>& g, int64_t col, int64_t cols) {
   const Dropout dropout(plain);
   alignas(64) float factors[PANEL_COLUMNS] = {};
   s.factors = g.factors ? factors : nullptr;
+  if (g.factors && g.m == 0) row_steps(g, s, dropout, 0, col, cols, factors);  // the norms are an output
   for (int64_t first = 0; first < g.m; first += s.block) row_steps(g, s, dropout, first, col, cols, factors);
 }
 

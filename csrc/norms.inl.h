@@ -90,7 +90,7 @@ struct MagnitudeFactors : Factors {
     }
     for (int64_t c = 0; c < cols; ++c) {
       const float norm = of.norms[col + c];
-      factors[c] = of.magnitude[col + c] / (norm < FLT_MIN ? FLT_MIN : norm);  // a row of zeros stays one
+      factors[c] = norm < FLT_MIN ? 0 : of.magnitude[col + c] / norm;  // a row of zeros stays one
     }
   }
 

@@ -3,7 +3,7 @@
 // A token is X (k1, k2) and its update w1 X w2^T (n1, n2), with w2 = P or, of low rank, Q P:
 //   T1 (k1, c) = X P^T;  T2 (n1, c) = w1 T1;  D (n1, n2) = T2 Q^T, or T2 where there is no Q (c = n2).
 // VW tokens are computed at once, each matrix an array of vectors. Sums for the factors' gradients run over chunks of
-// BLOCKS * VW tokens, which are added up in order, so that they do not depend on the number of threads.
+// tokens, at most MOST_CHUNKS, which are added up in order, so that they do not depend on the number of threads.
 #include "norms.inl.h"
 
 namespace fastlora {
@@ -169,8 +169,10 @@ inline const float* transposed(const float* from, int64_t rows, int64_t columns,
 template <class T>
 void kron_linear_backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, const Kron& kron, T* dx,
                           float* factors, int threads) {
-  constexpr int64_t BLOCKS = 4;
-  const int64_t tokens = BLOCKS * VW, chunks = (m + tokens - 1) / tokens, k = kron.k(), count = kron.factors();
+  constexpr int64_t BLOCKS = 4, MOST_CHUNKS = 64;
+  const int64_t even = round_up((m + MOST_CHUNKS - 1) / MOST_CHUNKS, VW);
+  const int64_t tokens = even > BLOCKS * VW ? even : BLOCKS * VW, chunks = (m + tokens - 1) / tokens;
+  const int64_t k = kron.k(), count = kron.factors();
   auto* across = static_cast<float*>(scratch(SCRATCH_SPLIT, (count + 1) * sizeof(float)));
   const float* w1t = transposed(kron.w1, kron.n1, kron.k1, across);
   const float* pt = transposed(kron.p, kron.c, kron.k2, across + kron.n1 * kron.k1);

@@ -30,7 +30,9 @@ __all__ = [
 Pair = tuple[Tensor, Tensor]
 
 
-def hada_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Pair:
+def hada_factors(
+    w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, backend: str = "auto"
+) -> Pair:
     """Return the factors of LoHa's update: ``B A = (w1_a w1_b) * (w2_a w2_b)``.
 
     Row (i, j) of A is ``w1_b[i] * w2_b[j]``, column (i, j) of B is ``w1_a[:, i] * w2_a[:, j]``.
@@ -40,16 +42,17 @@ def hada_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Pair
         w1_b: (r1, K), the same dtype.
         w2_a: (N, r2).
         w2_b: (r2, K).
+        backend: "auto", or the name of one backend.
 
     Returns:
         A (r1 r2, K) and B (N, r1 r2), in the parameters' dtype.
 
     Source: FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 1.
     """
-    return row_products(w1_b, w2_b), column_products(w1_a, w2_a)
+    return row_products(w1_b, w2_b, backend), column_products(w1_a, w2_a, backend)
 
 
-def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
+def kron_factors(w1: Factor, w2: Factor, backend: str = "auto") -> Pair | None:
     """Return low-rank factors of LoKr's update, ``B A = kron(w1, w2)``, or None.
 
     With w2 a product of two, there are up to three forms:
@@ -63,6 +66,7 @@ def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
     Args:
         w1: (n1, k1), or a pair (n1, r1), (r1, k1) of which it is the product.
         w2: (n2, k2), or a pair (n2, r2), (r2, k2).
+        backend: "auto", or the name of one backend.
 
     Returns:
         A (R, k1 k2) and B (n1 n2, R), in the parameters' dtype; None where `kron_product` costs
@@ -76,16 +80,16 @@ def kron_factors(w1: Factor, w2: Factor) -> Pair | None:
     a, b = cast(Pair, w2)
     if form[1] == "both":
         a1, b1 = cast(Pair, w1)
-        return kronecker(b1, b), kronecker(a1, a)
+        return kronecker(b1, b, backend), kronecker(a1, a, backend)
     full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]  # (n1, k1)
     if form[1] == "rows":
-        return kronecker(full, b), _along_diagonal(a, full.shape[0])
-    return _along_diagonal(b, full.shape[1]), kronecker(full, a)
+        return kronecker(full, b, backend), _along_diagonal(a, full.shape[0], backend)
+    return _along_diagonal(b, full.shape[1], backend), kronecker(full, a, backend)
 
 
-def _along_diagonal(w: Tensor, count: int) -> Tensor:
+def _along_diagonal(w: Tensor, count: int, backend: str) -> Tensor:
     """Return ``kron(I, w)``: w (a, b), `count` times along the diagonal."""
-    return kronecker(torch.eye(count, dtype=w.dtype, device=w.device), w)
+    return kronecker(torch.eye(count, dtype=w.dtype, device=w.device), w, backend)
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def row_norms(
         A = A.to(wide)
     dots = ops.weight_dots(A, weight, dtype, backend)  # (R, N)
     with no_autocast(B.device.type):
-        if native_takes(B):
+        if native_takes(backend, B):
             A = A.to(wide)
             return native_products.row_norms(squares, dots, B, A @ A.t(), update.scaling)
         B = B.to(wide)

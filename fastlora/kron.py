@@ -7,6 +7,7 @@ any order that keeps the halves of a factor in theirs; the cheapest is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,12 +17,14 @@ from fastlora_kernels.native_library import DTYPES
 from torch import Tensor
 
 from fastlora.ops.library import is_plain, no_autocast, refuse_double
+from fastlora.ops.products import is_built
 
 Factor = Tensor | tuple[Tensor, Tensor]
 Shape = tuple[int, int]
 # What the passes of the vec trick over x and y cost, in flops per element of them: x is read and
 # cast once more, the update is written, read and added.
 PASSES = 256
+MOST_NUMBERS = 1 << 15  # of the factors that the kernel takes: its sums fit in a core's cache
 
 
 def shape_of(w: Factor) -> Shape:
@@ -96,22 +99,39 @@ def kron_product(x: Tensor, w1: Factor, w2: Factor) -> Tensor:
         return y.reshape(*lead, n1 * n2)
 
 
-def add_kron_product(y: Tensor, x: Tensor, w1: Factor, w2: Factor) -> Tensor:
+def scaled(w: Factor, scaling: float) -> Factor:
+    """Return a factor, much smaller than what it is multiplied with, times the scaling."""
+    return w * scaling if isinstance(w, Tensor) else (w[0] * scaling, w[1])
+
+
+def add_kron_product(y: Tensor, x: Tensor, w1: Factor, w2: Factor, backend: str = "auto") -> Tensor:
     """Return ``y + x kron(w1, w2)^T`` in y's dtype, rounded once; on the CPU by one kernel.
+
+    Large factors are torch's: the kernel adds up their gradients in every thread's cache.
 
     Args:
         y: (..., n1 n2).
         x: (..., k1 k2).
         w1: see `kron_product`.
         w2: see `kron_product`.
+        backend: "auto", or the name of one backend.
     """
-    fits = x.is_cpu and x.dtype == y.dtype and x.dtype in DTYPES
-    fits = fits and all(half.dtype in DTYPES for half in (*halves(w1), *halves(w2)))
-    if not fits or not is_plain(x, y) or torch.is_autocast_enabled("cpu"):
+    if not _native_adds(y, x, w1, w2, backend):
         return (y + kron_product(x, w1, w2)).to(y.dtype)
     full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]
     p, q = (w2, None) if isinstance(w2, Tensor) else (w2[1], w2[0])
     return cast(Tensor, _Native.apply(y, x, full, p, q))  # type: ignore[no-untyped-call]
+
+
+def _native_adds(y: Tensor, x: Tensor, w1: Factor, w2: Factor, backend: str) -> bool:
+    """Return whether the kernel is there and takes these."""
+    if backend not in ("auto", "native") or not is_plain(x, y) or not is_built():
+        return False
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    numbers = math.prod(shape_of(w1)) + sum(half.numel() for half in halves(w2))
+    dtypes = {x.dtype, *(half.dtype for half in (*halves(w1), *halves(w2)))}
+    return x.dtype == y.dtype and dtypes <= DTYPES.keys() and numbers <= MOST_NUMBERS
 
 
 class _Native(torch.autograd.Function):

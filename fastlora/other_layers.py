@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlora import ops
 from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, magnitude, method_of
 from fastlora.adapters.product import keep_rows
 from fastlora.checks import FLOATS
@@ -88,7 +89,7 @@ class _Convolution(OtherLayer):
 
     def _scale(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return magnitude / norm of each row; the norm counts as a constant (arXiv:2402.09353)."""
-        return params[magnitude.NAME] / self.norms(params, spec)
+        return ops.over_norms(params[magnitude.NAME], self.norms(params, spec))
 
     def norms(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return ``||W + update||`` of each row: (N,) float32."""
@@ -96,7 +97,7 @@ class _Convolution(OtherLayer):
             delta = METHODS[spec.method].delta(params, spec)
             total = self.weight.detach().to(delta.dtype).flatten(1) + delta
             norm: Tensor = total.square().sum(1).sqrt()
-            return norm.clamp_min(torch.finfo(total.dtype).tiny)
+            return norm
 
 
 def _columns(values: Tensor, like: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.factors import hada_factors, kron_factors, kron_product
-from fastlora.kron import Factor, shape_of
+from fastlora.factors import hada_factors, kron_factors
+from fastlora.kron import Factor, add_kron_product, halves, scaled, shape_of
 from fastlora.operands import Weight, as_stored, check_factors, size, with_dropout
 from fastlora.ops.library import activation_dtype
 
@@ -63,7 +62,7 @@ def hada_linear(
     check_factors(
         operands | {"w2_a": (w2_a, (n, r2)), "w2_b": (w2_b, (r2, k))}, x, activation_dtype(x)
     )
-    update = LowRank(*hada_factors(w1_a, w1_b, w2_a, w2_b), float(scaling))
+    update = LowRank(*hada_factors(w1_a, w1_b, w2_a, w2_b, backend), float(scaling))
     return ops.linear(x, stored, bias, with_dropout(update, x, dropout, seed), backend)
 
 
@@ -110,15 +109,15 @@ def kron_linear(
     stored, shape = as_stored(weight, compute)
     x = x.to(activation_dtype(x))
     _check_kron(w1, w2, *shape, x)
-    factors = kron_factors(w1, w2)
+    factors = kron_factors(w1, w2, backend)
     if factors is not None:
         update = with_dropout(LowRank(*factors, float(scaling)), x, dropout, seed)
         return ops.linear(x, stored, bias, update, backend)
     y = ops.linear(x, stored, bias, None, backend)
-    kept = x.to((w1 if isinstance(w1, Tensor) else w1[0]).dtype)
     if dropout:
-        kept = ops.drop(kept, ops.dropout_seed(x) if seed is None else seed, dropout)
-    return torch.add(y, kron_product(kept, w1, w2), alpha=scaling).to(y.dtype)
+        wide = x.to(halves(w1)[0].dtype)
+        x = ops.drop(wide, ops.dropout_seed(x) if seed is None else seed, dropout, backend)
+    return add_kron_product(y, x, scaled(w1, float(scaling)), w2, backend)
 
 
 def _check_kron(w1: Factor, w2: Factor, n: int, k: int, x: Tensor) -> None:

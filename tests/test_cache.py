@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import LoHaConfig
-from fastlora.adapters import Cache
+from fastlora import LoHaConfig, LoKrConfig, LoraConfig
+from fastlora.adapters import AdapterConfig, Cache
 
 
 class Counter:
@@ -113,6 +113,50 @@ def test_training_and_graphs_forget() -> None:
         assert made(training=True) == 3
         assert made(training=False) == 4
     assert made(training=False) == 6  # these build graphs
+
+
+def test_nothing_is_kept_while_there_is_a_gradient() -> None:
+    """A fused optimizer writes without being counted, but it needs the gradient."""
+    counter = Counter(nn.Parameter(torch.ones(4)))
+
+    def value() -> Tensor:
+        with torch.no_grad():
+            return counter.cache.trained("sum", [counter.tensor], False, counter.make)
+
+    old = value()
+    counter.tensor.grad = torch.ones(4)
+    value()
+    torch.optim.AdamW([counter.tensor], lr=0.1, fused=True).step()
+    assert torch.equal(value(), counter.tensor.sum()) and not torch.equal(value(), old)
+    counter.tensor.grad = None
+    made = counter.made
+    assert torch.equal(value(), value()) and counter.made == made + 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(r=2, use_dora=True), LoHaConfig(r=2), LoKrConfig(r=1)],
+    ids=lambda c: c.peft_type,
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_without_dropout_in_evaluation_mode(config: AdapterConfig, fused: bool) -> None:
+    torch.manual_seed(0)
+    model = fastlora.patch_model(nn.Sequential(nn.Linear(16, 8)), config).eval()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 0.1, fused=fused
+    )
+    x = torch.randn(4, 16)
+    for set_to_none in (True, False):
+        with torch.no_grad():
+            model(x)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none)
+            model(x).square().sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                found = model(x)
+                torch.testing.assert_close(found, copy.deepcopy(model)(x), rtol=0, atol=0)
+        optimizer.zero_grad(set_to_none)
 
 
 def test_what_inference_mode_makes_can_be_trained_on() -> None:

@@ -170,7 +170,7 @@ def test_sums_over_the_weight_are_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         model(X).sum().backward()
     assert calls == ["weight_dots"] * 3  # training: the squares are those of the first values
     calls.clear()
-    model.eval()
+    model.eval().zero_grad()
     with torch.no_grad():
         y = [model(X) for _ in range(3)]
         assert calls == ["weight_squares", "weight_dots"]
@@ -251,3 +251,38 @@ def test_any_update_of_low_rank_may_have_a_magnitude(drop: float) -> None:
 def test_an_update_that_is_not_of_low_rank_may_not() -> None:
     with pytest.raises(NotImplementedError, match="a magnitude needs an update of low rank, which"):
         with_magnitude(LoKrConfig(r=40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_no_rows_are_zero(
+    dtype: torch.dtype, adapter: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not written shows: new memory is full of NaN."""
+    if adapter == torch.bfloat16 and dtype == torch.float32:
+        pytest.skip("an adapter is in float32 or in the activations' dtype")
+    weight, B = torch.randn(40, 32, dtype=dtype), torch.zeros(40, 3, dtype=adapter)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = torch.zeros(0, 32, dtype=dtype, requires_grad=True)
+        A, magnitude = torch.ones(3, 32, dtype=adapter, requires_grad=True), torch.ones(40)
+        B.requires_grad_(), magnitude.requires_grad_()
+        y = fastlora.dora_linear(x, weight, None, A, B, magnitude, backend=backend)
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for leaf in (A, B, magnitude):
+        assert leaf.grad is not None and not leaf.grad.any()
+
+
+def test_a_row_of_zeros_with_a_magnitude_is_zero(backend: str) -> None:
+    """Its norm is 0, whatever its magnitude is: the factor is 0, and no gradient is infinite."""
+    weight, A, B = torch.randn(5, 32), torch.randn(2, 32), torch.randn(5, 2)
+    weight[3], B[3] = 0, 0
+    leaves = [t.requires_grad_() for t in (torch.randn(4, 32), A, B, torch.ones(5))]
+    x, A, B, magnitude = leaves
+    y = fastlora.dora_linear(x, weight, None, A, B, magnitude, backend=backend)
+    assert not y[:, 3].any()
+    for grad in torch.autograd.grad(y, leaves, 100 * torch.ones_like(y)):
+        assert torch.isfinite(grad).all()

@@ -128,7 +128,7 @@ def test_the_order_of_the_vec_trick_is_the_cheapest() -> None:
 def last_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What puts the sums of `row_norms` together: the C++ library, or torch as on a GPU."""
     if request.param == "torch":
-        monkeypatch.setattr(factors, "native_takes", lambda *tensors: False)
+        monkeypatch.setattr(factors, "native_takes", lambda *arguments: False)
 
 
 @pytest.mark.usefixtures("last_step")

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora_kernels import native_kron, native_library, native_products
 from torch import nn
 
 import fastlora
-from fastlora import LoKrConfig, patch_model
-from fastlora.adapters import METHODS
+from fastlora import LoHaConfig, LoKrConfig, patch_model
+from fastlora.adapters import METHODS, AdapterConfig
 from fastlora.adapters.lokr import divide
+from fastlora.kron import add_kron_product
 from tests.models import fill_adapters, peft_model, plain
 from tests.twins import assert_same, twin
 
@@ -133,3 +135,30 @@ def test_module_dropout_drops_whole_calls() -> None:
     base = nn.functional.linear(x, model[0].dense_weight(), model[0].bias)
     alone = [torch.equal(model(x), base) for _ in range(20)]
     assert 3 < sum(alone) < 17
+
+
+@pytest.mark.parametrize("config", [LoHaConfig(r=2), *CONFIGS.values()], ids=["loha", *CONFIGS])
+def test_reference_uses_no_kernel(config: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="reference" is PyTorch alone: it needs no library."""
+    model = patch_model(plain(), config, **REFERENCE)
+    fill_adapters(model)
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError("the library was called")
+
+    monkeypatch.setattr(native_library, "library", refuse)
+    for module in (native_kron, native_products):
+        monkeypatch.setattr(module, "library", refuse)
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_large_factors_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's sums for the gradients grow with the factors, in every thread."""
+    w1, w2 = torch.randn(2, 2), torch.randn(200, 200, requires_grad=True)
+    x, y = torch.randn(3, 400), torch.randn(3, 400)
+    monkeypatch.setattr(native_kron, "kron_linear", None)
+    out = add_kron_product(y, x, w1, w2)
+    torch.testing.assert_close(out, y + x @ torch.kron(w1, w2).t(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError):
+        add_kron_product(y[:, :40], x[:, :40], w1, w2[:20, :20])

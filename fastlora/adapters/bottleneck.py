@@ -108,7 +108,7 @@ class Bottleneck(Method):
         uniform(values["adapter_down"], generator)
         return values
 
-    def factors(self, params: Mapping[str, Tensor]) -> None:
+    def factors(self, params: Mapping[str, Tensor], backend: str = "auto") -> None:
         """Return None: what is added is no product of matrices."""
 
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:

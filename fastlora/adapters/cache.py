@@ -27,9 +27,10 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 class Cache:
     """What one layer remembers between calls; it is not part of the model's state.
 
-    A copy or a pickle of it is empty. PyTorch counts every write to a tensor but those through
-    `.data`, which are noticed when they change its storage, or after `model.eval()` or
-    `model.train()`, which empty the cache.
+    A copy or a pickle of it is empty. PyTorch counts the writes to a tensor, but for two kinds:
+    those through `.data`, which are noticed when they change its storage, or after `model.eval()`
+    or `model.train()`, which empty the cache; and those of a fused optimizer, which takes a
+    gradient: while a tensor has one, nothing made of it is kept.
     """
 
     def __init__(self) -> None:
@@ -68,11 +69,13 @@ class Cache:
     ) -> T:
         """Do as `frozen` in inference alone, for tensors that training changes.
 
-        A call in training mode, or one that builds a graph, forgets the value.
+        A call in training mode, one that builds a graph, or one while a source has a gradient, with
+        which an optimizer may change it uncounted, forgets the value.
         """
         if torch.compiler.is_compiling():
             return make()
-        if training or torch.is_grad_enabled():
+        has_gradient = any(source.is_leaf and source.grad is not None for source in sources)
+        if training or torch.is_grad_enabled() or has_gradient:
             self.drop(name)
             return make()
         return self.frozen(name, sources, make, also)

@@ -63,9 +63,10 @@ class LoHa(Product):
         """Return w2_b."""
         return W2_B if config.init_weights else None
 
-    def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Mapping[str, Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
         """Return A (r^2, K) and B (N, r^2)."""
-        return hada_factors(params[W1_A], params[W1_B], params[W2_A], params[W2_B])
+        w1_a, w1_b, w2_a, w2_b = (params[name] for name in _NAMES)
+        return hada_factors(w1_a, w1_b, w2_a, w2_b, backend)
 
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return the scaled update."""

@@ -21,7 +21,7 @@ from fastlora.adapters.call import Base, Call
 from fastlora.adapters.method import AdapterSpec
 from fastlora.adapters.product import Product, ProductConfig, keep_rows
 from fastlora.factors import kron_factors
-from fastlora.kron import Factor, add_kron_product, kron_product
+from fastlora.kron import Factor, add_kron_product, kron_product, scaled
 
 W1, W2 = "lokr_w1", "lokr_w2"
 
@@ -126,23 +126,25 @@ class LoKr(Product):
         full, half = (W2, f"{W2}_b") if config.init_weights == "lycoris" else (W1, f"{W1}_a")
         return full if full in spec.shapes else half
 
-    def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def factors(
+        self, params: Mapping[str, Tensor], backend: str = "auto"
+    ) -> tuple[Tensor, Tensor] | None:
         """Return A (R, K) and B (N, R), or None."""
-        return kron_factors(_factor(params, W1), _factor(params, W2))
+        return kron_factors(_factor(params, W1), _factor(params, W2), backend)
 
     def call(
         self, x: Tensor, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
     ) -> Call:
         """Return what the layer computes for x (..., K)."""
-        update = self.update(base.cache, params, spec, training)
+        update = self.update(base, params, spec, training)
         if update is not None:
             return self.low_rank_call(x, base, params, spec, update, training)
-        w1, w2 = _scaled(_factor(params, W1), spec.scaling), _factor(params, W2)
+        w1, w2 = scaled(_factor(params, W1), spec.scaling), _factor(params, W2)
 
         def finish(y: Tensor) -> Tensor:
             rows = keep_rows(spec, y.shape[-1], y.device, training)
             if rows is None:
-                return add_kron_product(y, x, w1, w2)
+                return add_kron_product(y, x, w1, w2, base.backend)
             return (y + kron_product(x, w1, w2) * rows).to(y.dtype)
 
         return Call(x, base.bias, None, finish)
@@ -160,11 +162,6 @@ def _factor(params: Mapping[str, Tensor], name: str) -> Factor:
     if name in params:
         return params[name]
     return params[f"{name}_a"], params[f"{name}_b"]
-
-
-def _scaled(w: Factor, scaling: float) -> Factor:
-    """Return a factor, much smaller than what it is multiplied with, times the scaling."""
-    return w * scaling if isinstance(w, Tensor) else (w[0] * scaling, w[1])
 
 
 def _whole(params: Mapping[str, Tensor], name: str) -> Tensor:

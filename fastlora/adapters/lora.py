@@ -179,7 +179,7 @@ class Lora(Method):
             uniform(lora_B, generator, columns=lora_B.numel() // lora_B.shape[-2])
         return values
 
-    def factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Mapping[str, Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
         """Return A and B."""
         return params["lora_A"], params["lora_B"]
 

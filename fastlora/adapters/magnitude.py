@@ -66,9 +66,7 @@ def scale(
     dtype = _decoded(base, x)
 
     def make() -> Tensor:
-        norm = norms(base, update, dtype)
-        tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
-        return params[NAME].to(norm.dtype) / norm.clamp_min(tiny)
+        return ops.over_norms(params[NAME], norms(base, update, dtype))
 
     sources = (*_tensors(base), *params.values())
     return base.cache.trained("scale", sources, training, make, (dtype, update.scaling))
@@ -93,8 +91,10 @@ def call(
             g = scale(base, x, params, update, training)
             return ops.scale_columns(z, g, base.bias, base.backend)
 
-        in_training = training or torch.is_grad_enabled()
-        alone = partial(_alone, x, base, params[NAME], update) if in_training else None
+        if not training and not torch.is_grad_enabled():
+            return Call(x, None, update, scaled)
+        base.cache.drop("scale")
+        alone = partial(_alone, x, base, params[NAME], update)
         return Call(x, None, update, scaled, alone)
     g = scale(base, x, params, update, training)
     dropped = ops.drop(x, ops.dropout_seed(x), dropout, base.backend)
@@ -121,5 +121,4 @@ def _alone(x: Tensor, base: Base, magnitude: Tensor, update: LowRank) -> Tensor:
 def apply(total: Tensor, magnitude: Tensor) -> Tensor:
     """Return the rows of total (N, K), each with its magnitude as its norm."""
     norm = torch.linalg.vector_norm(total, dim=1)
-    g: Tensor = magnitude.to(total.dtype) / norm.clamp_min(torch.finfo(total.dtype).tiny)
-    return total * g.unsqueeze(1)
+    return total * ops.over_norms(magnitude, norm).unsqueeze(1)

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters import magnitude
 from fastlora.adapters.base import AdapterConfig
-from fastlora.adapters.cache import Cache
 from fastlora.adapters.call import Base, Call
 
 
@@ -115,8 +114,13 @@ class Method(ABC):
         """Return the first values of each parameter, float32 on CPU, drawn from `generator`."""
 
     @abstractmethod
-    def factors(self, params: Mapping[str, Tensor]) -> Factors | None:
-        """Return A (R, K) and B (N, R) of the unscaled update B A; None: it has no cheap one."""
+    def factors(self, params: Mapping[str, Tensor], backend: str = "auto") -> Factors | None:
+        """Return A (R, K) and B (N, R) of the unscaled update B A; None: it has no cheap one.
+
+        Args:
+            params: by name.
+            backend: "auto", or the name of one backend.
+        """
 
     @abstractmethod
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
@@ -134,18 +138,20 @@ class Method(ABC):
         """Give the parameters that depend on the weight, decoded to `dtype`, their first values."""
         if magnitude.NAME in params:
             with torch.no_grad():
-                update = self.update(base.cache, params, spec, training=False)
+                update = self.update(base, params, spec, training=False)
                 if update is None:
                     raise NotImplementedError(_NO_MAGNITUDE.format(self.name))
                 params[magnitude.NAME].copy_(magnitude.norms(base, update, dtype))
 
     def update(
-        self, cache: Cache, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
+        self, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
     ) -> LowRank | None:
         """Return the low-rank form without dropout, or None; what is computed is kept."""
         if self.derived:
             sources = tuple(params.values())
-            factors = cache.trained("factors", sources, training, lambda: self.factors(params))
+            factors = base.cache.trained(
+                "factors", sources, training, lambda: self.factors(params, base.backend)
+            )
         else:
             factors = self.factors(params)
         return None if factors is None else LowRank(*factors, spec.scaling)
@@ -154,7 +160,7 @@ class Method(ABC):
         self, x: Tensor, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
     ) -> Call:
         """Return what the layer computes for x (..., K)."""
-        update = self.update(base.cache, params, spec, training)
+        update = self.update(base, params, spec, training)
         assert update is not None  # a method without a low-rank form has a call of its own
         return self.low_rank_call(x, base, params, spec, update, training)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlora.adapters import magnitude
 from fastlora.adapters.base import AdapterConfig, check_alpha, check_dropout, check_flag
-from fastlora.adapters.cache import Cache
+from fastlora.adapters.call import Base
 from fastlora.adapters.method import AdapterSpec, Method, uniform
 
 
@@ -91,10 +91,10 @@ class Product(Method):
         return values
 
     def update(
-        self, cache: Cache, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
+        self, base: Base, params: Mapping[str, Tensor], spec: AdapterSpec, training: bool
     ) -> LowRank | None:
         """Return the low-rank form, or None; in training some of its rows are dropped."""
-        update = super().update(cache, params, spec, training)
+        update = super().update(base, params, spec, training)
         if update is None:
             return None
         rows = keep_rows(spec, update.B.shape[0], update.B.device, training)

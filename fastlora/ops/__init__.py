@@ -10,7 +10,7 @@ from fastlora.ops.dropout import drop, dropout_seed
 from fastlora.ops.experts import experts_linear
 from fastlora.ops.group import linear_group
 from fastlora.ops.linear import linear
-from fastlora.ops.scaled import finds_norms, scaled_linear
+from fastlora.ops.scaled import finds_norms, over_norms, scaled_linear
 from fastlora.ops.sums import weight_dots, weight_squares
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "finds_norms",
     "linear",
     "linear_group",
+    "over_norms",
     "scale_columns",
     "scaled_linear",
     "weight_dots",

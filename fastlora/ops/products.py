@@ -1,6 +1,7 @@
 """Products of small matrices, the factors of LoHa and LoKr, with their gradients.
 
-On CPU tensors the C++ kernels compute them; elsewhere, and where a graph is traced, torch does.
+On CPU tensors the C++ kernels compute them, with backend="auto" or "native"; elsewhere, and where a
+graph is traced, torch does.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from fastlora.ops.library import is_plain
 Pair = tuple[Tensor, Tensor]
 
 
-def native_takes(*tensors: Tensor) -> bool:
+def native_takes(backend: str, *tensors: Tensor) -> bool:
     """Return whether the C++ library takes these: plain tensors on the CPU, of one dtype."""
     first = tensors[0]
     return (
-        is_plain(*tensors)
+        backend in ("auto", "native")
+        and is_plain(*tensors)
         and first.dtype in native_library.DTYPES
         and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-        and _is_built()
+        and is_built()
     )
 
 
 @cache
-def _is_built() -> bool:
-    """Return whether the library is there; `backend="reference"` works without it."""
+def is_built() -> bool:
+    """Return whether the library is there; without it torch computes these products too."""
     try:
         native_library.library()
     except ImportError:
@@ -80,35 +82,35 @@ class _Products(torch.autograd.Function):
     """u, v -> their products of one kind."""
 
     @staticmethod
-    def forward(ctx: Any, kind: str, u: Tensor, v: Tensor) -> Tensor:
-        ctx.kind = kind
+    def forward(ctx: Any, kind: str, backend: str, u: Tensor, v: Tensor) -> Tensor:
+        ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(u, v)
-        if native_takes(u, v):
+        if native_takes(backend, u, v):
             return native_products.products(kind, u, v)
         return _FORMS[kind][0](u, v)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, Tensor]:
         u, v = ctx.saved_tensors
-        if native_takes(g, u, v) and not torch.is_grad_enabled():
-            return None, *native_products.products_backward(ctx.kind, g, u, v)
-        return None, *_FORMS[ctx.kind][1](g.contiguous(), u, v)
+        if native_takes(ctx.backend, g, u, v) and not torch.is_grad_enabled():
+            return None, None, *native_products.products_backward(ctx.kind, g, u, v)
+        return None, None, *_FORMS[ctx.kind][1](g.contiguous(), u, v)
 
 
-def _apply(kind: str, u: Tensor, v: Tensor) -> Tensor:
-    return cast(Tensor, _Products.apply(kind, u, v))  # type: ignore[no-untyped-call]
+def _apply(kind: str, u: Tensor, v: Tensor, backend: str) -> Tensor:
+    return cast(Tensor, _Products.apply(kind, backend, u, v))  # type: ignore[no-untyped-call]
 
 
-def row_products(u: Tensor, v: Tensor) -> Tensor:
+def row_products(u: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Return (r1 r2, K): every row of u (r1, K) times every row of v (r2, K)."""
-    return _apply("rows", u, v)
+    return _apply("rows", u, v, backend)
 
 
-def column_products(u: Tensor, v: Tensor) -> Tensor:
+def column_products(u: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Return (N, r1 r2): every column of u (N, r1) times every column of v (N, r2)."""
-    return _apply("columns", u, v)
+    return _apply("columns", u, v, backend)
 
 
-def kronecker(u: Tensor, v: Tensor) -> Tensor:
+def kronecker(u: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Return (a c, b d), the Kronecker product of u (a, b) and v (c, d)."""
-    return _apply("kron", u, v)
+    return _apply("kron", u, v, backend)

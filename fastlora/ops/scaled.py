@@ -52,7 +52,7 @@ class _ScaledLinear(torch.autograd.Function):
             y, z, s, norms = _in_one(x, weight, bias, update, norms, magnitude, backend)
         else:
             z, s = forward_parts(x, weight, None, update, backend)
-            y = columns.forward_part(z, _factors(magnitude, norms), bias, backend)
+            y = columns.forward_part(z, over_norms(magnitude, norms), bias, backend)
         needs = ctx.needs_input_grad[:5]  # x, A, B, magnitude, bias
         low = needs[1] or needs[2]
         flat = weight.format != "dense" and x.shape[-1] % 2 == 1  # packed bytes without their K
@@ -71,7 +71,7 @@ class _ScaledLinear(torch.autograd.Function):
         )
         kind, scaling, dropout, backend, needs, k = ctx.rest
         need_x, need_A, need_B, need_scale, need_bias = needs
-        scale = _factors(magnitude, norms)
+        scale = over_norms(magnitude, norms)
         low, exact = need_A or need_B, A.dtype != dy.dtype
         weight = StoredWeight(data, absmax, nested, offset, *kind)
         update = LowRank(A, B, scaling, dropout, seed, spans)
@@ -90,19 +90,18 @@ class _ScaledLinear(torch.autograd.Function):
             dx if need_x else None,
             dA if need_A else None,
             dB if need_B else None,
-            None if dscale is None or not need_scale else _over(dscale, norms).to(magnitude.dtype),
+            None
+            if dscale is None or not need_scale
+            else over_norms(dscale, norms).to(magnitude.dtype),
             bias_gradient(dy, ctx.bias_dtype) if need_bias else None,
             *(None,) * 5,
         )
 
 
-def _over(values: Tensor, norms: Tensor) -> Tensor:
-    return values / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros stays one
-
-
-def _factors(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Return ``magnitude / norms``: (N,) in the norms' dtype."""
-    return _over(magnitude.to(norms.dtype), norms)
+def over_norms(values: Tensor, norms: Tensor) -> Tensor:
+    """Return ``values / norms``, (N,) in the norms' dtype; 0 for a row of zeros: it stays one."""
+    tiny = torch.finfo(norms.dtype).tiny
+    return values.to(norms.dtype) / norms.masked_fill(norms < tiny, math.inf)
 
 
 def _in_one(
