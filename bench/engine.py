@@ -57,39 +57,37 @@ def made(k: int, *sizes: int) -> Any:
     return One(k, sizes)
 
 
-def configs(method: str) -> tuple[Any, Any]:
-    """The config of a method, ours and PEFT's."""
-    import peft
-
-    own: dict[str, Any] = {"target_modules": r"proj\d"}
+def config(library: Any, method: str) -> Any:
+    """The config of a method, fastlora's or PEFT's: they have the same names."""
+    fields: dict[str, Any] = {"target_modules": r"proj\d"}
     if method in ("lora", "dora"):
-        own |= {"r": R, "lora_alpha": ALPHA, "use_dora": method == "dora"}
-        return fastlora.LoraConfig(**own), peft.LoraConfig(**own)
-    own |= {"r": R // 2, "alpha": ALPHA // 2}
+        fields |= {"r": R, "lora_alpha": ALPHA, "use_dora": method == "dora"}
+        return library.LoraConfig(**fields)
+    fields |= {"r": R // 2, "alpha": ALPHA // 2}
     if method == "loha":
-        return fastlora.LoHaConfig(**own), peft.LoHaConfig(**own)
-    own |= {"decompose_factor": FACTOR}
-    return fastlora.LoKrConfig(**own), peft.LoKrConfig(**own)
+        return library.LoHaConfig(**fields)
+    return library.LoKrConfig(**fields, decompose_factor=FACTOR)
 
 
 def ours(method: str, dtype: torch.dtype, k: int, *sizes: int) -> Any:
     """The module with an adapter on NF4 weights, its parameters small random numbers."""
-    model = fastlora.patch_model(made(k, *sizes), configs(method)[0], quantize="nf4")
+    model = fastlora.patch_model(made(k, *sizes), config(fastlora, method), quantize="nf4")
     return set_parameters(model, dtype)
 
 
 def theirs(method: str, dtype: torch.dtype, k: int, n: int) -> Any:
     """PEFT's on dense weights, and for DoRA on bitsandbytes NF4, double-quantised."""
-    import bitsandbytes as bnb
     import peft
 
     model = made(k, n)
     if method == "dora":
+        import bitsandbytes as bnb
+
         weight = model.proj0.weight.detach()
         base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         base.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.proj0 = base.to("cpu")
-    wrapped = peft.get_peft_model(model, configs(method)[1], autocast_adapter_dtype=False)
+    wrapped = peft.get_peft_model(model, config(peft, method), autocast_adapter_dtype=False)
     return set_parameters(wrapped, dtype)
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import time
+
 import pytest
 import torch
 
@@ -47,3 +50,29 @@ def test_every_case_runs(what: str, step: str, capsys: pytest.CaptureFixture[str
 def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [gpu_cases.Case("lora", 64, 128, 4, "forward")] * 3
     assert gpu.run_cases(cases, "cpu", 0.0, write=False) == cases
+
+
+@pytest.mark.parametrize("what", ["lora", "loha", "lokr", "dora"])
+def test_missing_peers_are_left_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    row = gpu.measure(gpu_cases.Case(what, 64, 128, 16, "forward"), "cpu", 0.01)
+    assert row["ms"]["fastlora"] > 0 and len(row["left_out"]) == 1 and "peft" in row["left_out"][0]
+
+
+def test_a_failed_case_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = gpu_cases.Case("lora", 64, 128, 4, "forward")
+    build, calls = gpu_cases.build, []
+
+    def sometimes(case: gpu_cases.Case, device: str) -> object:
+        calls.append(case)
+        if len(calls) == 1:
+            raise RuntimeError("out of resource: shared memory")
+        return build(case, device)
+
+    monkeypatch.setattr(gpu_cases, "build", sometimes)
+    assert gpu.run_cases([case, case], "cpu", time.monotonic() + 60, write=False) == []
+    out = capsys.readouterr().out
+    assert "left out: RuntimeError: out of resource" in out and "against" in out
