@@ -13,12 +13,12 @@ quickstart: install-train  ## fine-tune the bundled model on this machine
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-check: install-dev  ## lint, types, every GPU kernel compiled ahead of time, its main loop no worse than before
+check: install-dev  ## lint, types, every GPU kernel compiled ahead of time, its main loop no worse than before; the figures are those measured
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m bench.static --check
+	$(BIN)/python -m bench.static --check && $(BIN)/python -m bench.readme --check
 	PYTHON=$(BIN)/python .ci/aot 3.4.0 && PYTHON=$(BIN)/python .ci/aot 3.9.0
 
-bench: install-dev  ## the CPU benchmarks, appended to bench/results
+bench: install-dev  ## one linear on the CPU: time and memory, appended to bench/results
 	$(BIN)/python -m bench.linear && $(BIN)/python -m bench.linear --memory
 
 install-train install-dev: install-%:
