@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from fastlora import adapter_files, expert_files
 from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec
 from fastlora.config import from_fields
-from fastlora.patch import Record, apply_plan, check_arguments, find_record, the_record
+from fastlora.dispatch import check_compute
+from fastlora.patch import (
+    Record,
+    apply_plan,
+    check_arguments,
+    find_record,
+    patch_model,
+    the_record,
+)
 from fastlora.plan import Plan, make_plan
 from fastlora.quant import QuantConfig
 
@@ -57,55 +65,77 @@ def load_adapter(
     *,
     quantize: str | QuantConfig | None = None,
     backend: str = "auto",
+    compute: str = "auto",
 ) -> nn.Module:
     """Return the same model with the adapter of PEFT's files, checked strictly.
 
-    A model that is not patched is patched by the file's config; a patched one must have been
-    patched alike. After an error the model is as it was.
+    A model without an adapter, one whose weights were only quantised too, is patched by the file's
+    config; one with an adapter must have been patched alike. After an error the model is as it was.
 
     Args:
         model: the base model, or one that is patched.
         directory: an adapter directory, from `save_adapter` or PEFT's `save_pretrained`.
         quantize: as for `patch_model`, when the model is not patched yet.
-        backend: as for `patch_model`, when the model is not patched yet.
+        backend: as for `patch_model`, when the model has no adapter yet.
+        compute: as for `patch_model`, when the model has no adapter yet.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged; the config has a bad value; tensors are missing, unexpected,
             misshapen or not finite; or the model is patched in another way.
         TypeError: an argument or a config field is of the wrong kind.
-        NotImplementedError: a method or feature of PEFT that fastlora does not have.
+        NotImplementedError: a method or feature of PEFT that fastlora does not have, or no backend
+            computes a layer so.
     """
     path = Path(directory)
     config = _read_config(path / CONFIG)
     tensors = adapter_files.read_tensors(path / WEIGHTS)
-    patched = isinstance(model, nn.Module) and find_record(model) is not None
-    record = the_record(model) if patched else None
-    if record is None:
-        _, quant = check_arguments(model, config, quantize, backend, 0)
-        plan = make_plan(model, config, quant, backend)
-    else:
-        if quantize is not None:
-            raise ValueError(
-                "quantize must be None for a model that is patched already, got"
-                f" {quantize!r}; leave it out"
-            )
-        quant, backend = record.quant, record.backend
-        plan = make_plan(model, config, None, backend)
+    _, quant = check_arguments(model, config, quantize, backend, 0)
+    check_compute(compute)
+    record = None if find_record(model) is None else the_record(model)
+    _check_unset(record, quantize, compute)
+    if record is not None and record.config is not None:
+        plan = make_plan(model, config, None, record.backend)
         _check_alike(record, plan)
+    else:
+        plan = make_plan(model, config, quant, backend, compute)
     _check_tensors(_expected(model, plan), tensors)
     if record is None:
-        record = apply_plan(model, plan, config, quant, backend, 0)
+        record = apply_plan(model, plan, config, quant, backend, 0, compute)
+    elif record.config is None:
+        patch_model(model, config, backend=backend, compute=compute)
+        record = the_record(model)
+    _fill(model, record.plan, tensors)
+    return model
+
+
+def _check_unset(record: Record | None, quantize: object, compute: str) -> None:
+    """Raise where an argument asks a patched model for what it can get no more."""
+    if record is not None and quantize is not None:
+        raise ValueError(
+            f"quantize must be None for a model that is patched already, got {quantize!r}; leave it"
+            " out"
+        )
+    if record is not None and record.config is not None and compute != "auto":
+        raise ValueError(
+            f"compute must be 'auto' for a model that has an adapter already, got {compute!r};"
+            " leave it out"
+        )
+    if record is None and quantize is None and compute != "auto":
+        raise ValueError(
+            f"compute={compute!r} takes 4-bit weights, got a model that keeps dense ones; pass"
+            " quantize='nf4', or leave compute at 'auto'"
+        )
+
+
+def _fill(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of a file, which are checked, into the model."""
     with torch.no_grad():
-        for key, live in {
-            **_layer_tensors(model, record.plan),
-            **_whole_tensors(model, record.plan),
-        }.items():
+        for key, live in {**_layer_tensors(model, plan), **_whole_tensors(model, plan)}.items():
             live.copy_(tensors[key])
-        for entry in expert_files.entries(record.plan.experts):
+        for entry in expert_files.entries(plan.experts):
             stored = expert_files.from_file(entry, tensors[PREFIX + entry.key])
             model.get_parameter(f"{entry.module}.{entry.parameter}").copy_(stored)
-    return model
 
 
 def _fields(model: nn.Module, record: Record, config: AdapterConfig) -> dict[str, Any]:
@@ -241,11 +271,6 @@ def _check_layout(path: Path, version: str) -> None:
 def _check_alike(record: Record, plan: Plan) -> None:
     """Raise unless a patched model has the adapter that a file's config describes."""
     live = record.plan
-    if not live.adapted and not live.parameters:
-        raise ValueError(
-            "the model must have an adapter or not be patched at all, but it is only quantised;"
-            " load the file on the first model, with quantize="
-        )
     for what, ours, theirs in (
         ("adapted modules", sorted(live.adapted), sorted(plan.adapted)),
         ("adapted parameters", sorted(live.parameters), sorted(plan.parameters)),

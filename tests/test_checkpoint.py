@@ -21,8 +21,10 @@ from fastlora import (
     load_adapter,
     patch_model,
     save_adapter,
+    unpatch,
 )
 from fastlora.adapters import AdapterConfig
+from fastlora.layers import QuantizedLinear
 from tests.models import fill_adapters, llama, peft_model, plain
 from tests.variants import VARIANTS, with_
 
@@ -128,6 +130,45 @@ def test_round_trip_on_a_plain_model(quantize: str | None, name: str, tmp_path: 
     assert torch.equal(again(X), model(X))
     trainable = {name for name, p in again.named_parameters() if p.requires_grad}
     assert trainable == {name for name, p in fresh.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["all-linear", "head", "bias", "dora", "lokr, w2 low"])
+def test_loading_on_a_model_that_is_only_quantised(name: str, tmp_path: Path) -> None:
+    quantised = patch_model(base(name), quantize="nf4", **REFERENCE)
+    decoded = unpatch(copy.deepcopy(quantised), dequantize=True)
+    theirs: Any = peft_model(decoded, CONFIGS[name], task_type="CAUSAL_LM").eval()
+    fill_adapters(theirs)
+    theirs.save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="quantize must be None for a model that is patched"):
+        load_adapter(quantised, tmp_path / "a", quantize="nf4")
+    ours = load_adapter(quantised, tmp_path / "a", **REFERENCE)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+    assert {row["format"] for row in fastlora.report(ours)["modules"]} == {"nf4"}
+    save_adapter(ours, tmp_path / "b")
+    one, other = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "b" / WEIGHTS)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_loading_takes_compute(saved: Path) -> None:
+    first = load_adapter(plain(), saved, quantize="nf4", compute="fp8", **REFERENCE)
+    later: Any = plain()
+    patch_model(later.blocks, quantize="nf4", **REFERENCE)
+    unnamed = {key.replace("blocks.", ""): t for key, t in load_file(saved / WEIGHTS).items()}
+    save_file(unnamed, saved / WEIGHTS)
+    load_adapter(later.blocks, saved, compute="fp8", **REFERENCE)
+    for model in (first, later):
+        packed: Any = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        assert len(packed) == 4 and {layer.compute for layer in packed} == {"fp8"}
+    assert torch.equal(first(X), later(X))
+
+
+def test_a_file_that_does_not_fit_leaves_a_quantised_model_alone(saved: Path) -> None:
+    model: Any = patch_model(plain(), quantize="nf4", **REFERENCE)
+    edit_weights(saved, lambda tensors: tensors.pop(KEY))
+    y = model(X)
+    with pytest.raises(ValueError, match="1 missing"):
+        load_adapter(model, saved, **REFERENCE)
+    assert torch.equal(model(X), y) and all(p.requires_grad for p in model.norm.parameters())
 
 
 def test_sequence_classification_keeps_its_head(tmp_path: Path) -> None:
@@ -310,12 +351,13 @@ def test_another_base_and_another_patch(saved: Path) -> None:
     other = patch_model(plain(), LoHaConfig(r=4, target_modules=["up", "down"]), **REFERENCE)
     with pytest.raises(ValueError, match=r"has loha with r=4, .*and the file lora with r=4"):
         load_adapter(other, saved)
-    quantised = patch_model(plain(), quantize="nf4", **REFERENCE)
-    with pytest.raises(ValueError, match="must have an adapter or not be patched at all"):
-        load_adapter(quantised, saved)
     model = patch_model(plain(), LoraConfig(r=4, target_modules=["up", "down"]), **REFERENCE)
     with pytest.raises(ValueError, match="quantize must be None for a model that is patched"):
         load_adapter(model, saved, quantize="nf4")
+    with pytest.raises(ValueError, match="compute must be 'auto' for a model that has an adapter"):
+        load_adapter(model, saved, compute="fp8")
+    with pytest.raises(ValueError, match="compute='fp8' takes 4-bit weights, got a model that"):
+        load_adapter(plain(), saved, compute="fp8", **REFERENCE)
 
 
 def test_refusals_of_save(saved: Path, tmp_path: Path) -> None:
