@@ -14,6 +14,7 @@ from fastlora import ops
 from fastlora.dispatch import Problem, pick
 from fastlora.in_place import Accelerated, Swap, one_device, refusal
 from fastlora.integrations.versions import check_version
+from fastlora.ops.library import activation_dtype
 from fastlora.quant import QuantizedWeight
 
 BATCH = 512
@@ -60,6 +61,14 @@ def input_of(module: Any, x: Tensor) -> Tensor:
     return x if module.compute_dtype is None else x.to(module.compute_dtype)
 
 
+def bias_of(module: Any, x: Tensor) -> Tensor | None:
+    """Return the bias in a dtype that kernels take with x; bitsandbytes casts it to x's too."""
+    bias: Tensor | None = module.bias
+    if bias is None or bias.dtype == torch.float32:
+        return bias
+    return bias.to(activation_dtype(x))
+
+
 def computes(module: Any, x: Tensor) -> bool:
     """Return whether kernels take x as this layer would compute it."""
     wanted = module.compute_dtype if module.compute_type_is_set else x.dtype
@@ -76,6 +85,8 @@ class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
         state = quant_state(self)
         if getattr(state, "packing_format_for_cpu", False):
             data, state = _convert_weight_packed_for_cpu_inverse(self.weight.data, state)
+            if not state.nested:  # of which bitsandbytes restores the bytes alone
+                state.absmax = state.absmax.T.reshape(-1).float()
             weight: Any = self.weight
             weight.data, weight.quant_state = data, state
             self.quant_state = state
@@ -85,8 +96,8 @@ class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
         if not computes(self, x):
             other: Tensor = super().forward(x)
             return other
-        bias, backend = self._parameters["bias"], self.fastlora_state.backend
-        return ops.linear(input_of(self, x), stored(self), bias, None, backend).to(x.dtype)
+        rows, backend = input_of(self, x), self.fastlora_state.backend
+        return ops.linear(rows, stored(self), bias_of(self, rows), None, backend).to(x.dtype)
 
     def problem(self) -> Problem:
         """Return a training batch of this layer."""

@@ -36,12 +36,18 @@ class Operand:
     def __init__(self, layer: Any, x: Tensor) -> None:
         linear = layer.base_layer
         state = layer.fastlora_state
+        self.dtype = None if type(linear) is nn.Linear else x.dtype
         if type(linear) is nn.Linear:
             weight = StoredWeight(linear.weight, None, None, None, "dense", 0)
         else:
             x, weight = bnb_layers.input_of(linear, x), bnb_layers.stored(linear)
         self.x = x
-        self.base = Base(weight, linear.bias, state.backend, state.cache)
+        bias = bnb_layers.bias_of(linear, x)
+        self.base = Base(weight, bias, state.backend, state.cache)
+
+    def result(self, y: Tensor) -> Tensor:
+        """Return y in the dtype of a base's output: x's own for a 4-bit one, under autocast too."""
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 def takes(layer: Any, x: Tensor) -> bool:
@@ -82,7 +88,7 @@ class _Lora(Accelerated):
             y = ops.linear(
                 at.x, at.base.weight, at.base.bias, _joined(layer, names), at.base.backend
             )
-        return y if activation_dtype(x) != x.dtype else y.to(x.dtype)
+        return at.result(y)
 
     def _mixed(self, x: Tensor, owners: list[str], args: Any, kwargs: Any) -> Tensor:
         """Return the output of a batch in which each sample names its adapter."""
@@ -96,7 +102,7 @@ class _Lora(Accelerated):
         at = Operand(layer, x)
         update = _joined(layer, names)._replace(spans=_spans(layer, names, owners, x))
         y = ops.linear(at.x, at.base.weight, at.base.bias, update, at.base.backend)
-        return y if activation_dtype(x) != x.dtype else y.to(x.dtype)
+        return at.result(y)
 
     def problem(self) -> Problem:
         """Return a training batch of this layer."""

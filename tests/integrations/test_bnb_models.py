@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 import bitsandbytes as bnb
 import peft
 import transformers
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 import fastlora
 from fastlora.in_place import Accelerated
@@ -81,6 +82,29 @@ def test_a_weight_that_was_repacked_for_the_cpu() -> None:
     close(logits(model), expected, 0.02)
     rows = fastlora.report(model)["modules"]
     assert all("repacked from bitsandbytes' CPU layout" in row["notes"] for row in rows)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("k", [64, 256])
+def test_the_layout_of_the_cpu_made_by_hand(k: int, nested: bool) -> None:
+    torch.manual_seed(0)
+    layer: Any = bnb.nn.Linear4bit(
+        k, 64, compute_dtype=BF16, compress_statistics=nested, quant_type="nf4"
+    )
+    rows = torch.rand(64, 1) + 0.1  # magnitudes that differ from block to block
+    layer.weight.data = (layer.weight.data * rows).to(BF16)
+    model: Any = torch.nn.Sequential(layer).to("cpu")
+    x = torch.randn(5, k).to(BF16)
+    expected = model.train()(x)
+    weight = layer.weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    fastlora.patch_model(model)
+    assert layer.weight.quant_state.nested == nested
+    close(model(x), expected, 0.02)
+    fastlora.unpatch(model)
+    close(model(x), expected, 0.02)
 
 
 def test_a_checkpoint_that_bitsandbytes_packed(tmp_path: Path) -> None:

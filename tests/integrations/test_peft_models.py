@@ -266,6 +266,37 @@ def test_float32_inputs_of_a_16_bit_base(autocast: bool) -> None:
     assert_close({"y": mine}, {"y": theirs}, 0.02)
 
 
+@pytest.mark.parametrize("x", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_dtypes_under_autocast(base: str, x: torch.dtype) -> None:
+    """A 4-bit layer gives x's dtype, a dense one autocast's; as in PEFT."""
+    plain, model = wrapped("lora", base), line("lora", base)
+    with torch.autocast("cpu", BF16):
+        mine, theirs = (each.base_model.model.up(X.to(x)) for each in (model, plain))
+    assert_close({"y": mine}, {"y": theirs}, 0.02)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("bias", [BF16, torch.float16], ids=str)
+def test_a_bias_in_another_dtype_than_the_layer_computes_in(
+    bias: torch.dtype, adapter: bool, autocast: bool
+) -> None:
+    config = peft.LoraConfig(r=4, bias="all", target_modules=["up", "down"])
+    models = [net("nf4") for _ in range(2)]
+    for each in models:
+        each.up.bias.data = each.up.bias.to(bias)
+    if adapter:
+        models = [filled(peft.get_peft_model(each, copy.deepcopy(config))) for each in models]
+    plain, model = models
+    fastlora.patch_model(model)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        mine, theirs = results(model), results(plain)
+    assert sum(key.endswith("bias") for key in mine) >= 2
+    theirs = {key: value.to(mine[key].dtype) for key, value in theirs.items()}
+    assert_close(mine, theirs, 0.1 if autocast else 0.005)
+
+
 def test_a_trained_base_is_left_to_peft() -> None:
     plain, model = wrapped("lora"), line("lora")
     for each in (plain, model):
