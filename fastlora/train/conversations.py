@@ -49,7 +49,7 @@ def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, di
     if "prompt" in named or "completion" in named:
         roles = {"prompt": "prompt", "completion": "completion", **named}
         if set(roles.values()) <= have:
-            return "prompt and completion", roles
+            return "prompt and completion", _with_system(roles, have)
     if "messages" in have:
         return "chat messages", {"messages": "messages"}
     for name in ("conversations", "conversation"):
@@ -58,20 +58,25 @@ def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, di
     if "instruction" in have and {"output", "response"} & have:
         answer = "output" if "output" in have else "response"
         roles = {"prompt": "instruction", "completion": answer}
-        return "alpaca", {**roles, "input": "input"} if "input" in have else roles
-    if {"prompt", "chosen"} <= have:
-        return "preference pairs, of which the chosen answer is learnt", {
-            "prompt": "prompt",
-            "completion": "chosen",
-        }
+        return "alpaca", {**roles, **{name: name for name in ("input", "system") if name in have}}
+    if "chosen" in have and {"prompt", "rejected"} & have:
+        roles = {"prompt": "prompt", "completion": "chosen"}
+        form = "preference pairs, of which the chosen answer is learnt"
+        return form, _with_system(roles, have) if "prompt" in have else {"messages": "chosen"}
     for prompt in ("prompt", "question", "input"):
         for answer in ("completion", "response", "answer", "output"):
             if {prompt, answer} <= have:
-                return "prompt and completion", {"prompt": prompt, "completion": answer}
+                roles = {"prompt": prompt, "completion": answer}
+                return "prompt and completion", _with_system(roles, have)
     raise Refusal(
         "instruction data must have messages (chat or ShareGPT), instruction and output (alpaca),"
-        f" prompt and completion, or prompt and chosen, but the columns are {', '.join(columns)}"
+        " prompt and completion, or chosen with prompt or rejected, but the columns are"
+        f" {', '.join(columns)}"
     )
+
+
+def _with_system(roles: dict[str, str], have: set[str]) -> dict[str, str]:
+    return {**roles, "system": "system"} if "system" in have else roles
 
 
 def messages_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -83,25 +88,61 @@ def messages_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[M
     if "messages" in columns:
         found = _listed(values.get(columns["messages"]))
     else:
-        answer = values.get(columns["completion"])
-        asked = values.get(columns["prompt"])
-        if isinstance(asked, list) or isinstance(answer, list):
-            found = [*_listed(asked), *_listed(answer)]
-        else:
-            extra = values.get(columns.get("input", ""), "") or ""
-            prompt = f"{asked}\n\n{extra}" if extra else asked
-            system = values.get("system")
-            first = [("system", system)] if system else []
-            pairs = [*first, ("user", prompt), ("assistant", answer)]
-            found = [{"role": role, "content": _content(text, role)} for role, text in pairs]
+        found = _joined(_prompt(values, columns), _answer(values.get(columns["completion"])))
     if not any(message["role"] == "assistant" for message in found):
         raise BadRow("a conversation must have an answer of the assistant, got none")
     return found
 
 
+def asked_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Return a row's messages up to where the assistant has to answer.
+
+    Raises:
+        BadRow: something is empty.
+    """
+    if "messages" not in columns:
+        return _prompt(values, columns)
+    found = _listed(values.get(columns["messages"]))
+    if found[-1]["role"] == "assistant":
+        found = found[:-1]
+    if not found:
+        raise BadRow("a conversation must have a message to be answered, got none")
+    return found
+
+
+def _prompt(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Return the messages of a prompt: those it lists, or system text and the user's turn."""
+    asked = values.get(columns["prompt"])
+    if isinstance(asked, list):
+        return _listed(asked)
+    text = _content(asked, "user")
+    extra = values.get(columns.get("input", ""))
+    system = values.get(columns.get("system", ""))
+    first = [{"role": "system", "content": _content(system, "system")}] if system else []
+    return [*first, {"role": "user", "content": f"{text}\n\n{extra}" if extra else text}]
+
+
+def _answer(value: Any) -> list[Message]:
+    if isinstance(value, list):
+        return _listed(value)
+    return [{"role": "assistant", "content": _content(value, "assistant")}]
+
+
+def _joined(asked: list[Message], answer: list[Message]) -> list[Message]:
+    """Return prompt and answer as one conversation; the answer may be the whole of it already."""
+    system = [message for message in asked[:1] if message["role"] == "system"]
+    own = [message for message in answer[:1] if message["role"] == "system"]
+    turns, rest = asked[len(system) :], answer[len(own) :]
+    if turns and _bare(rest[: len(turns)]) == _bare(turns):
+        return [*(own or system), *rest]
+    return [*asked, *answer]
+
+
+def _bare(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
 def _listed(value: Any) -> list[Message]:
-    if isinstance(value, str) and value.strip():
-        return [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
         raise BadRow(f"messages must be a list, got {value!r:.60}")
     found = []

@@ -54,7 +54,7 @@ class Instruction(LanguageTask):
     def inputs_of(self, row: Row) -> Any:
         """Return the conversation up to its last answer."""
         try:
-            return conversations.messages_of(row.values, self.columns)[:-1]
+            return conversations.asked_of(row.values, self.columns)
         except BadRow:
             return row.place
 
