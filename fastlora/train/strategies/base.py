@@ -28,6 +28,7 @@ class Strategy(ABC):
         mergeable: whether the result can be folded into plain weights.
         tasks: PEFT's names of the tasks that it can do; None: every one.
         vision: whether it can do images.
+        virtual_tokens: how many of the model's places it takes before those of the input.
     """
 
     name: ClassVar[str]
@@ -36,6 +37,7 @@ class Strategy(ABC):
     mergeable: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...] | None] = None
     vision: ClassVar[bool] = True
+    virtual_tokens: int = 0
 
     def __init__(self, adapter: Mapping[str, Any]) -> None:
         """Check the fields of the config's `adapter` section.

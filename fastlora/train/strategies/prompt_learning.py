@@ -48,6 +48,7 @@ class PromptLearning(Strategy):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise Refusal(f"adapter.num_virtual_tokens must be at least 1, got {count!r}")
         self.fields = {"num_virtual_tokens": count, **fields}
+        self.virtual_tokens = count
 
     def apply(self, loaded: Loaded, task_type: str, seed: int) -> nn.Module:
         """Put PEFT's model around the base; the final layer is trained whole."""
