@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastlora_kernels.formats import FORMATS
+from safetensors import SafetensorError
 from torch import nn
 
 from fastlora.dispatch import check_compute
 from fastlora.experts import AdapterExperts
+from fastlora.in_place import InPlace
 from fastlora.integrations.quantizer import FastLoraQuantConfig
+from fastlora.integrations.shards import CONFIG, INDEX, check_files, read_json, weight_map
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear
-from fastlora.patch import patch_model, set_compute, the_record
+from fastlora.patch import any_record, patch_model, set_compute, the_record
 from fastlora.quant import QuantConfig
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 
 
 def from_pretrained(
@@ -62,9 +61,13 @@ def from_pretrained(
         seed: of the adapter's first values.
         options: handed on to the class's `from_pretrained`.
 
+    Returns:
+        The model, in eval mode, its linears in 4 bits; with a config its adapter is there and all
+        else frozen.
+
     Raises:
-        ValueError: the checkpoint is damaged, pickled, or of another kind; or a target does not
-            fit.
+        ValueError: the checkpoint is damaged, pickled, of another kind, or lacks a weight;
+            transformers has no such class; or a target does not fit.
         FileNotFoundError: the directory or a file of it is missing.
         NotImplementedError: no backend computes a layer so; the message gives each one's reason.
         ImportError: the version of transformers is not supported.
@@ -73,9 +76,17 @@ def from_pretrained(
     check_compute(compute)
     import transformers
 
+    kind: Any = getattr(transformers, auto_class, None)
+    if not hasattr(kind, "from_pretrained"):
+        raise ValueError(
+            f"auto_class must name a class of transformers that loads models, got {auto_class!r};"
+            " pass one such as 'AutoModelForCausalLM'"
+        )
     path, found = Path(name), None
     if path.is_dir():
         found = _check_directory(path)
+    else:
+        _check_hub_id(str(name))
     quant = QuantConfig(quantize) if isinstance(quantize, str) else quantize
     options = {"dtype": dtype, "device_map": {"": str(device)}, "use_safetensors": True, **options}
     if found is not None:
@@ -84,12 +95,26 @@ def from_pretrained(
         options["quantization_config"] = FastLoraQuantConfig(
             quant.quant_type, quant.blocksize, quant.double_quant, skip_modules, backend
         )
-    model = getattr(transformers, auto_class).from_pretrained(str(name), **options)
+    model = kind.from_pretrained(str(name), **options)
     if config is not None:
         patch_model(model, config, backend=backend, compute=compute, seed=seed)
     elif compute != "auto":
         set_compute(model, the_record(model), backend, compute)
     return model
+
+
+def _check_hub_id(name: str) -> None:
+    """Raise where a name that is no directory can't be a hub id either."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"a checkpoint must be a directory or a hub id, but there is no directory {name!r};"
+            " check the path"
+        ) from None
 
 
 def _check_directory(path: Path) -> dict[str, Any] | None:
@@ -101,17 +126,15 @@ def _check_directory(path: Path) -> dict[str, Any] | None:
         )
     shards = sorted(path.glob("*.safetensors"))
     if (path / INDEX).is_file():
-        named = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        shards = [path / shard for shard in named]
+        shards = [path / shard for shard in sorted(set(weight_map(path / INDEX).values()))]
     if not shards:
         pickled = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
         raise ValueError(
             f"a checkpoint must be stored as safetensors, but {path} holds {pickled or 'none'};"
             " convert it with transformers' save_pretrained"
         )
-    for shard in shards:
-        _check_shard(shard)
-    packed = json.loads((path / CONFIG).read_text()).get("quantization_config")
+    check_files(shards)
+    packed = read_json(path / CONFIG).get("quantization_config")
     if packed is None:
         return None
     if packed.get("quant_method") not in ("bitsandbytes", "fastlora"):
@@ -125,28 +148,6 @@ def _check_directory(path: Path) -> dict[str, Any] | None:
             " full-precision one"
         )
     return dict(packed)
-
-
-def _check_shard(shard: Path) -> None:
-    """Raise unless a file is there and as long as its header says."""
-    if not shard.is_file():
-        raise FileNotFoundError(
-            f"every shard that {INDEX} names must be there, but {shard.name} is missing from"
-            f" {shard.parent}; fetch the checkpoint again"
-        )
-    size = shard.stat().st_size
-    try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else {}
-    except (struct.error, ValueError):
-        header = {}
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    if not ends or 8 + length + max(ends) != size:
-        raise ValueError(
-            f"a shard must be whole, but {shard} is truncated or damaged; fetch the checkpoint"
-            " again"
-        )
 
 
 def _own_config(transformers: Any, path: Path, packed: dict[str, Any], backend: str) -> Any:
@@ -170,19 +171,25 @@ def save_quantized(
     """Write the packed base of a model so that transformers with bitsandbytes loads it.
 
     The adapter is not part of it; see `save_adapter`. Files are written beside the directory and
-    renamed into place when they are complete.
+    renamed into place when they are complete; what was there comes back if that fails.
 
     Args:
         model: a transformers model whose linears are in 4 bits.
         directory: must not exist, unless `overwrite`.
-        overwrite: replace what is there.
+        overwrite: replace a whole directory of a model, with all files in it.
 
     Raises:
         ValueError: the model is not patched, has no 4-bit weight, or has 4-bit experts.
         TypeError: it is no model of transformers.
-        FileExistsError: the directory exists.
+        FileExistsError: the directory exists, or what exists is no directory of a model.
+        OSError: the files can't be written.
     """
-    record = the_record(model)
+    record = any_record(model)
+    if isinstance(record, InPlace):
+        raise ValueError(
+            "save_quantized takes 4-bit weights of fastlora's own, but this model's layers are"
+            " another library's, accelerated in place; use the model's own save_pretrained"
+        )
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"save_quantized takes a model of transformers, got {type(model).__name__}; save its"
@@ -199,21 +206,50 @@ def save_quantized(
             " it is loaded"
         )
     target = Path(directory)
+    _check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            _write(model, work, packed, set(record.plan.adapted))
+            _put(work, target)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the checkpoint must be writable to {target}, but the system says:"
+            f" {getattr(error, 'strerror', None) or error}; free space, fix the permissions or"
+            " choose another path"
+        ) from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise unless a checkpoint may take this place."""
     if target.exists() and not overwrite:
         raise FileExistsError(
             f"save_quantized needs a directory that does not exist, but {target} does; choose"
             " another or pass overwrite=True"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    if target.exists() and not (target / CONFIG).is_file():
+        raise FileExistsError(
+            f"save_quantized overwrites directories of models alone, but {target} holds no"
+            f" {CONFIG}; choose another path or remove it yourself"
+        )
+
+
+def _put(work: Path, target: Path) -> None:
+    """Rename a directory to its place; the one that is there goes, or comes back on failure."""
+    old = work.with_name(f"{work.name}.old")
     try:
-        _write(model, work, packed, set(record.plan.adapted))
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         work.rename(target)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(model: Any, work: Path, packed: dict[str, QuantizedLinear], adapted: set[str]) -> None:

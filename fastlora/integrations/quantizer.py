@@ -7,6 +7,10 @@ is dropped. No more than the largest tensor is there beside the packed model.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fastlora.adapters import Cache
 from fastlora.expert_plan import ExpertsPlan, stacked
 from fastlora.experts import AdapterExperts, begin, projections, refusal, set_quantized
+from fastlora.integrations.shards import check_files
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear, to_adapter_linear
 from fastlora.patch import RECORD, Record, tensor_bytes
@@ -65,43 +70,89 @@ class FastLoraQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return QuantConfig(self.quant_type, self.blocksize, self.double_quant)
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """Turn the dense weight of a linear into a packed one."""
+@dataclass
+class _Loading:
+    """What the operations of one loading share; transformers copies them for each weight.
 
-    def __init__(self, quantizer: FastLoraQuantizer) -> None:
-        self.quantizer = quantizer
+    Attributes:
+        fault: the first error. transformers puts one of its own in the place of any that an
+            operation raises, so it is raised when all has been read.
+        dense: names of the weights that a packed checkpoint holds dense.
+    """
+
+    fault: Exception | None = None
+    dense: set[str] = field(default_factory=set)
+
+    def __deepcopy__(self, _: object) -> _Loading:
+        return self
+
+
+class _Take(ConversionOps):  # type: ignore[misc]
+    """Takes tensors of the checkpoint."""
+
+    def __init__(self, config: FastLoraQuantConfig, loading: _Loading) -> None:
+        self.config, self.loading = config, loading
 
     def convert(
-        self, input_dict: dict[str, Any], model: Any = None, **_: Any
-    ) -> dict[str, nn.Parameter]:
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Any]:
+        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        try:
+            return self.take(tensors, model, full_layer_name)
+        except Exception as error:
+            self.loading.fault = self.loading.fault or error
+        return {key: nn.Parameter(torch.empty(0), False) for key in self.targets(tensors)}
+
+    @abstractmethod
+    def take(self, tensors: dict[str, Tensor], model: Any, name: str) -> dict[str, Any]:
+        """Return the parameters that the tensors become."""
+
+    @abstractmethod
+    def targets(self, tensors: Iterable[str]) -> Iterable[str]:
+        """Return the names of the parameters that `take` returns."""
+
+
+class _Quantize(_Take):
+    """Turn the dense weight of a linear into a packed one."""
+
+    def take(self, tensors: dict[str, Tensor], model: Any, name: str) -> dict[str, Any]:
+        """Return the packed weights, by the names of the dense ones."""
         done = {}
-        for name, value in input_dict.items():
-            value = value[0] if isinstance(value, list) else value
-            module, part = get_module_from_name(model, name)
-            if not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
-                raise ValueError(
-                    f"the weight {name!r} must be finite, but it holds NaN or infinity; repair the"
-                    " checkpoint"
-                )
-            config = self.quantizer.quantization_config
+        config = self.config
+        for full, value in tensors.items():
+            module, part = get_module_from_name(model, full)
+            _check_value(full, value, module._parameters[part].shape)
             if part != "weight":
-                done[name] = _pack_experts(module, name, value, config)
+                done[full] = _pack_experts(module, full, value, config)
                 continue
             module.weight = nn.Parameter(value, requires_grad=False)
             to_adapter_linear(module, None, {}, config.quant, config.backend)
             vars(module)[_KEPT] = dict(module._buffers)
-            done[name] = module.weight
+            done[full] = module.weight
         return done
+
+    def targets(self, tensors: Iterable[str]) -> Iterable[str]:
+        """Return the names of the dense weights."""
+        return tensors
+
+
+def _check_value(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless a tensor of the checkpoint is what the model needs."""
+    if value.shape != shape:
+        raise ValueError(
+            f"the weight {name!r} must have shape {tuple(shape)}, got {tuple(value.shape)}; the"
+            " checkpoint is of another model"
+        )
+    if not bool(torch.isfinite(torch.stack(value.aminmax())).all()):
+        raise ValueError(
+            f"the weight {name!r} must be finite, but it holds NaN or infinity; repair the"
+            " checkpoint"
+        )
 
 
 def _pack_experts(module: Any, name: str, value: Tensor, config: Any) -> nn.Parameter:
     """Return the packed parameter of fused experts; its magnitudes lie on the module then."""
     part = name.rpartition(".")[2]
-    if value.shape != module._parameters[part].shape:
-        raise ValueError(
-            f"the weight {name!r} must have shape {tuple(module._parameters[part].shape)}, got"
-            f" {tuple(value.shape)}; the checkpoint is of another model"
-        )
     if not isinstance(module, AdapterExperts):
         begin(module, config.backend)
         module.fastlora_experts.dtype = value.dtype
@@ -114,29 +165,29 @@ def _pack_experts(module: Any, name: str, value: Tensor, config: Any) -> nn.Para
     return packed
 
 
-class _Deserialize(ConversionOps):  # type: ignore[misc]
+class _Deserialize(_Take):
     """Take a packed weight with its magnitudes from the tensors that bitsandbytes writes."""
 
-    def __init__(self, quantizer: FastLoraQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
-    ) -> dict[str, Any]:
-        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+    def take(self, tensors: dict[str, Tensor], model: Any, name: str) -> dict[str, Any]:
+        """Return the packed weight, or one that was kept dense."""
         if len(tensors) == 1:
-            return tensors  # a weight that was kept dense
-        module, _part = get_module_from_name(model, full_layer_name)
-        packed = {_with(full_layer_name, key): value for key, value in tensors.items()}
-        weight = QuantizedWeight.from_state_dict(packed, full_layer_name)
+            self.loading.dense.add(name)
+            return tensors
+        module, _part = get_module_from_name(model, name)
+        packed = {_with(name, key): value for key, value in tensors.items()}
+        weight = QuantizedWeight.from_state_dict(packed, name)
         if weight.shape != (module.out_features, module.in_features):
             raise ValueError(
-                f"{full_layer_name!r} must have shape {(module.out_features, module.in_features)},"
-                f" got {weight.shape}; the checkpoint is of another model"
+                f"{name!r} must have shape {(module.out_features, module.in_features)}, got"
+                f" {weight.shape}; the checkpoint is of another model"
             )
-        become_quantized(module, weight, self.quantizer.quantization_config.backend)
+        become_quantized(module, weight, self.config.backend)
         vars(module)[_KEPT] = dict(module._buffers)
         return {"weight": module.weight}
+
+    def targets(self, tensors: Iterable[str]) -> Iterable[str]:
+        """Return the name of the weight."""
+        return ["weight"]
 
 
 def _with(full: str, key: str) -> str:
@@ -168,6 +219,10 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
     }
 
+    def __init__(self, quantization_config: FastLoraQuantConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.loading = _Loading()
+
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Raise unless transformers' version is supported."""
         check_version("transformers")
@@ -188,7 +243,11 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         packed = len(getattr(converter, "source_patterns", ())) > 1
         return None if packed else super().get_new_dtype(converter, param, dtype)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files:
+            check_files([Path(file) for file in checkpoint_files])
         skip = self.get_modules_to_not_convert(
             model, self.quantization_config.skip_modules, model._keep_in_fp32_modules
         )
@@ -210,6 +269,8 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         self.dense_bytes = tensor_bytes(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.loading.fault is not None:
+            raise self.loading.fault
         for module in model.modules():
             module._buffers.update(vars(module).pop(_KEPT, {}))
         quant = self.quantization_config.quant
@@ -220,6 +281,7 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
                 plan.specs[name], plan.quant[name] = None, quant
             else:
                 plan.skipped[name] = "kept dense"
+                self._check_came(model, f"{name}.weight")
         plan.skipped.update(self.left)
         for name, module in model.named_modules():
             if isinstance(module, AdapterExperts):
@@ -234,20 +296,40 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model, RECORD, record)
         return model
 
+    def _check_came(self, model: Any, weight: str) -> None:
+        """Raise where a layer of the model's body has a weight that was not in the checkpoint.
+
+        A head or a pooler may be new; of layers that are numbered none may.
+        """
+        if weight not in self.wanted or weight in self.loading.dense:
+            return
+        body = getattr(model, "base_model_prefix", "")
+        inside = weight.startswith(f"{body}.") or not hasattr(model, body)
+        numbered = any(part.isdigit() for part in weight.split("."))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        if inside and numbered and weight not in tied:
+            raise ValueError(
+                f"a checkpoint must hold the weights of all layers, but {weight!r} is missing;"
+                " fetch it again, or name the layer in skip_modules to start it anew"
+            )
+
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a dense weight."""
-        return _Quantize(self)
+        return _Quantize(self.quantization_config, self.loading)
 
     def get_load_operations(self) -> dict[str, Any]:
         """Return what reads packed weights."""
-        return {"deserialize": _Deserialize}
+        return {"deserialize": lambda _: self._deserialize()}
+
+    def _deserialize(self) -> ConversionOps:
+        return _Deserialize(self.quantization_config, self.loading)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return the same for versions of transformers before 5.21, which ask for it so."""
         if not self.pre_quantized:
             return []
         names = sorted(self.serialized_names["weight"], key=len, reverse=True)
-        return [WeightConverter(names, "weight", [_Deserialize(self)])]
+        return [WeightConverter(names, "weight", [self._deserialize()])]
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes packed weights."""

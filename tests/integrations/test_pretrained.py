@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.layers import QuantizedLinear
@@ -187,43 +189,156 @@ def test_peak_memory(tmp_path: Path) -> None:
 # ---- what is refused ----
 
 
-def damage(kind: str, path: Path) -> None:
-    shards = sorted(path.glob("*.safetensors"))
-    if kind == "truncated":
-        shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    elif kind == "garbage":
-        shards[1].write_bytes(b"\xff" * 64)
-    elif kind == "missing":
-        shards[1].unlink()
-    elif kind == "no config":
-        (path / "config.json").unlink()
-    elif kind == "pickled":
-        for shard in shards:
-            shard.unlink()
-        (path / "model.safetensors.index.json").unlink()
-        torch.save({}, path / "pytorch_model.bin")
-    else:
+UP = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def edit(path: Path, change: Any) -> None:
+    """Change the tensors of the shard that holds UP."""
+    shard = path / json.loads((path / INDEX).read_text())["weight_map"][UP]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file({**tensors, "left": torch.zeros(1)}, shard, metadata={"format": "pt"})
+
+
+def forget(path: Path) -> None:
+    """Take UP out of its shard and out of the index."""
+    edit(path, lambda tensors: tensors.pop(UP))
+    index = json.loads((path / INDEX).read_text())
+    del index["weight_map"][UP]
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def pickle_all(path: Path) -> None:
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(offline.llama(BF16).state_dict(), path / "pytorch_model.bin")
+
+
+def cut(path: Path) -> None:
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def packed_by(method: str) -> Any:
+    def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": kind}
+        config["quantization_config"] = {"quant_method": method}
         (path / "config.json").write_text(json.dumps(config))
 
+    return change
 
-@pytest.mark.parametrize(
-    ("kind", "error", "words"),
-    [
-        ("truncated", ValueError, "must be whole, but .* is truncated or damaged"),
-        ("garbage", ValueError, "must be whole, but .* is truncated or damaged"),
-        ("missing", FileNotFoundError, "every shard .* is missing from"),
-        ("no config", FileNotFoundError, "must hold config.json, but"),
-        ("pickled", ValueError, "stored as safetensors, but .*pytorch_model.bin"),
-        ("gptq", ValueError, "in 4 bits of bitsandbytes or fastlora, got 'gptq'"),
-        ("bitsandbytes", ValueError, "packed in 4 bits, got one in 8 bits"),
-    ],
-)
-def test_bad_checkpoints(checkpoint: Path, kind: str, error: Any, words: str) -> None:
-    damage(kind, checkpoint)
+
+EVERYWHERE: dict[str, tuple[Any, Any, str]] = {
+    "truncated": (cut, ValueError, "must be whole, but .* is truncated or damaged"),
+    "garbage": (
+        lambda path: sorted(path.glob("*.safetensors"))[1].write_bytes(b"\xff" * 64),
+        ValueError,
+        "must be whole, but .* is truncated or damaged",
+    ),
+    "missing": (
+        lambda path: sorted(path.glob("*.safetensors"))[1].unlink(),
+        FileNotFoundError,
+        "every shard .* is missing from",
+    ),
+    "pickled": (pickle_all, ValueError, "stored as safetensors, but .*pytorch_model.bin"),
+    "not in its shard": (
+        lambda path: edit(path, lambda tensors: tensors.pop(UP)),
+        ValueError,
+        f"must hold the tensors that {INDEX} names, but .* lacks '{UP}'",
+    ),
+    "not at all": (
+        forget,
+        ValueError,
+        f"must hold the weights of all layers, but '{UP}' is missing; fetch",
+    ),
+    "shape": (
+        lambda path: edit(path, lambda t: t.update({UP: torch.zeros(5, 7, dtype=BF16)})),
+        ValueError,
+        rf"the weight '{UP}' must have shape \(128, 64\), got \(5, 7\); the checkpoint is of",
+    ),
+    "transposed": (
+        lambda path: edit(path, lambda t: t.update({UP: t[UP].t().contiguous()})),
+        ValueError,
+        r"must have shape \(128, 64\), got \(64, 128\)",
+    ),
+    "nan": (
+        lambda path: edit(path, lambda t: t[UP].fill_(float("nan"))),
+        ValueError,
+        f"the weight '{UP}' must be finite, but it holds NaN or infinity; repair",
+    ),
+}
+OURS: dict[str, tuple[Any, Any, str]] = {
+    "no config": (
+        lambda path: (path / "config.json").unlink(),
+        FileNotFoundError,
+        "must hold config.json, but",
+    ),
+    "config": (
+        lambda path: (path / "config.json").write_text("{"),
+        ValueError,
+        "config.json must be JSON, got: .*; fetch the checkpoint again",
+    ),
+    "index": (
+        lambda path: (path / INDEX).write_text("{"),
+        ValueError,
+        "index.json must be JSON, got: .*; fetch the checkpoint again",
+    ),
+    "list": (lambda path: (path / INDEX).write_text("[]"), ValueError, "must hold an object"),
+    "no map": (lambda path: (path / INDEX).write_text("{}"), ValueError, "say which shard holds"),
+    "gptq": (packed_by("gptq"), ValueError, "in 4 bits of bitsandbytes or fastlora, got 'gptq'"),
+    "8 bits": (packed_by("bitsandbytes"), ValueError, "packed in 4 bits, got one in 8 bits"),
+}
+
+
+@pytest.mark.parametrize("name", [*EVERYWHERE, *OURS])
+def test_bad_checkpoints(checkpoint: Path, name: str) -> None:
+    damage, error, words = {**EVERYWHERE, **OURS}[name]
+    damage(checkpoint)
     with pytest.raises(error, match=words):
         fastlora.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_bad_checkpoints_by_transformers_own_way(checkpoint: Path, name: str) -> None:
+    damage, error, words = EVERYWHERE[name]
+    damage(checkpoint)
+    with pytest.raises(error, match=words):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=fastlora.FastLoraQuantConfig()
+        )
+
+
+@pytest.mark.parametrize("kind", ["shape", "missing", "magnitudes"])
+def test_bad_packed_checkpoints(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    fastlora.save_quantized(fastlora.from_pretrained(checkpoint), tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    own = {key for key in tensors if key.startswith(UP)}
+    if kind == "missing":
+        tensors = {key: value for key, value in tensors.items() if key not in own}
+    elif kind == "magnitudes":
+        del tensors[f"{UP}.absmax"]
+    else:
+        down = UP.replace("up_proj", "down_proj")
+        tensors |= {key: tensors[key.replace(UP, down)].clone() for key in own}
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = {
+        "shape": rf"'{UP}' must have shape \(128, 64\), got \(64, 128\)",
+        "missing": f"must hold the weights of all layers, but '{UP}' is missing",
+        "magnitudes": "absmax",
+    }[kind]
+    with pytest.raises(ValueError, match=words):
+        fastlora.from_pretrained(tmp_path / "packed")
+
+
+def test_a_head_may_be_new_and_so_may_a_layer_that_is_named(checkpoint: Path) -> None:
+    kind = "AutoModelForSequenceClassification"
+    model = fastlora.from_pretrained(checkpoint, auto_class=kind)
+    assert type(model.score) is torch.nn.Linear
+    forget(checkpoint)
+    model = fastlora.from_pretrained(checkpoint, skip_modules=["lm_head", "layers.1.mlp.up_proj"])
+    assert type(model.model.layers[1].mlp.up_proj) is torch.nn.Linear
 
 
 def test_bad_arguments(checkpoint: Path) -> None:
@@ -231,6 +346,11 @@ def test_bad_arguments(checkpoint: Path) -> None:
         fastlora.from_pretrained(checkpoint, quantize="nf3")
     with pytest.raises(ValueError, match="nothing does; its linears are named"):
         fastlora.from_pretrained(checkpoint, fastlora.LoraConfig(target_modules=["nowhere"]))
+    with pytest.raises(FileNotFoundError, match="directory or a hub id, but there is no directory"):
+        fastlora.from_pretrained(checkpoint / "nowhere")
+    for auto_class in ("Nope", "logging"):
+        with pytest.raises(ValueError, match=f"class of transformers .*, got '{auto_class}'; pass"):
+            fastlora.from_pretrained(checkpoint, auto_class=auto_class)
 
 
 def test_saving_leaves_nothing_half_written(
@@ -242,14 +362,16 @@ def test_saving_leaves_nothing_half_written(
     before = sorted(file.name for file in target.iterdir())
     with pytest.raises(FileExistsError, match="that does not exist, but"):
         fastlora.save_quantized(model, target)
-    with monkeypatch.context() as patch:
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left")):
 
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
+        def full(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
 
-        patch.setattr("huggingface_hub.save_torch_state_dict", full)
-        with pytest.raises(OSError, match="No space left"):
-            fastlora.save_quantized(model, target, overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.save_torch_state_dict", full)
+            words = "checkpoint must be writable to .*saved, but the system says: No space left"
+            with pytest.raises(OSError, match=words):
+                fastlora.save_quantized(model, target, overwrite=True)
     assert sorted(file.name for file in target.iterdir()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "saved"]
     with pytest.raises(ValueError, match="must be patched, but it is not"):
@@ -260,3 +382,41 @@ def test_saving_leaves_nothing_half_written(
     with pytest.raises(TypeError, match="takes a model of transformers, got Sequential"):
         plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
         fastlora.save_quantized(fastlora.patch_model(plain, quantize="nf4"), tmp_path / "x")
+
+
+def test_overwriting_takes_models_alone_and_brings_them_back(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fastlora.from_pretrained(checkpoint)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.tex").write_text("years of work")
+    for path in (notes, notes / "thesis.tex"):
+        with pytest.raises(FileExistsError, match=r"directories of models alone, but .* no"):
+            fastlora.save_quantized(model, path, overwrite=True)
+    assert (notes / "thesis.tex").read_text() == "years of work"
+    target = tmp_path / "saved"
+    fastlora.save_quantized(model, target)
+    (target / "mark").write_text("old")
+    rename = Path.rename
+
+    def fail(self: Path, to: Path) -> Path:
+        if self.name.startswith(".saved-") and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="the system says: Input/output error"):
+            fastlora.save_quantized(model, target, overwrite=True)
+    assert (target / "mark").read_text() == "old"
+    fastlora.save_quantized(model, target, overwrite=True)
+    assert not (target / "mark").exists()
+    assert torch.equal(logits(fastlora.from_pretrained(target)), logits(model))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "notes", "saved"]
+
+
+def test_save_quantized_says_whose_layers_it_takes(tmp_path: Path) -> None:
+    theirs = fastlora.patch_model(offline.to_bnb(offline.llama(), torch.float32))
+    with pytest.raises(ValueError, match=r"weights of fastlora's own, but .* another"):
+        fastlora.save_quantized(theirs, tmp_path / "x")
