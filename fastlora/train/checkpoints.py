@@ -8,7 +8,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,25 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{index}.{key}"] = value
+    for name, value in _flat(state["state"]):
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        else:
+            scalars[name] = value
     described = {"scalars": scalars, "groups": state["param_groups"]}
     return {
         "optimizer.safetensors": save(tensors),
         "optimizer.json": json.dumps(described, default=_plain).encode(),
     }
+
+
+def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("index.key", value), and ("index.key.key", value) where a state is nested."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, files: Mapping[str, bytes]) -> None:
@@ -156,8 +164,11 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, files: Mapping[str, bytes
     state: dict[int, dict[str, Any]] = {}
     everything = {**load(files["optimizer.safetensors"]), **described["scalars"]}
     for key, value in everything.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        index, *above, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for part in above:
+            place = place.setdefault(part, {})
+        place[name] = value
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in described["groups"]

@@ -233,7 +233,7 @@ class Run:
         if self.resumes:
             self.say(f"going on after step {step}")
         directory.cut_log(log, step)
-        if newest is not None and trainer.take_stopped(newest):
+        if newest is not None and trainer.take_ended(newest):
             return trainer, audit
         start = time.perf_counter()
         try:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import SaveStrategy
 
 from fastlora.train import checkpoints
 from fastlora.train.arguments import Extras
@@ -156,25 +155,33 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             return self.task.evaluate(self.model, examples, batch_size)
 
-    def take_stopped(self, checkpoint: Path) -> bool:
-        """Take the best weights, if early stopping had ended the run with this checkpoint."""
-        found = json.loads(checkpoints.read(checkpoint, _STATE)[_STATE])
-        entry = found["stateful_callbacks"].get("EarlyStoppingCallback", {})
-        counted = entry.get("attributes", {}).get("early_stopping_patience_counter", 0)
-        if not entry or counted < entry["args"]["early_stopping_patience"]:
+    def take_ended(self, checkpoint: Path) -> bool:
+        """Take the weights of a run that ended with this checkpoint; say whether it did.
+
+        It ended after its last step, or early; the best weights are taken where they are asked for.
+        """
+        state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
+        if state.global_step < state.max_steps and not _stopped_early(state):
             return False
-        self.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
-        self._load_best_model()
+        self.state = state
+        self._find_best()
+        if not self.args.load_best_model_at_end or state.best_model_checkpoint is None:
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            self._load_best_model()
         return True
+
+    def _find_best(self) -> None:
+        """Say where the best checkpoint is: beside the others, wherever they were written."""
+        step, self.state.best_model_checkpoint = self.state.best_global_step, None
+        path = Path(self.args.output_dir) / f"{checkpoints.PREFIX}{step}"
+        if step and (path.exists() or step == self.state.global_step):
+            self.state.best_model_checkpoint = str(path)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything that a resumed run needs, so that it is whole or absent."""
         root, step = Path(self.args.output_dir), self.state.global_step
-        kept = (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST)
-        if self.args.save_strategy in kept and self.state.best_global_step:
-            best = root / f"{checkpoints.PREFIX}{self.state.best_global_step}"
-            if best.exists() or self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(best)
+        self._find_best()
         for part in [*self.callback_handler.callbacks, self.control]:
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
@@ -201,6 +208,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            self._find_best()
             files = checkpoints.read(Path(checkpoint), *checkpoints.OPTIMIZER, _SCHEDULER)
             checkpoints.unpack_optimizer(self.optimizer, files)
             self.lr_scheduler.load_state_dict(json.loads(files[_SCHEDULER]))
@@ -238,6 +246,12 @@ class ByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
+
+
+def _stopped_early(state: Any) -> bool:
+    entry = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    counted: int = entry.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return bool(entry) and counted >= entry["args"]["early_stopping_patience"]
 
 
 def _json(value: Any) -> bytes:

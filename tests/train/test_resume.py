@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,39 @@ def test_full_fine_tuning_with_early_stopping_resumes(tmp_path: Path) -> None:
     Run(config, QUIET).train()
     check_equal(first, output)
     assert json.loads((output / "metrics.json").read_text())["best_step"] in kept
+
+
+@pytest.mark.parametrize("stopping", [{}, {"early_stopping_patience": 5, "eval_steps": 1}])
+def test_a_run_killed_after_its_last_step_only_ends(
+    tmp_path: Path, stopping: dict[str, int]
+) -> None:
+    steps = {"max_steps": 5, "save_steps": 1, "lr_scheduler_type": "constant"}
+    _, first = whole(tmp_path, train={**steps, "learning_rate": 3.0, **stopping})
+    output = tmp_path / "moved"
+    shutil.copytree(first, output)
+    (output / "metrics.json").unlink()
+    text = (output / "run.yaml").read_text().replace(str(first), str(output))
+    (output / "run.yaml").write_text(text)
+    Run(read_config(output / "run.yaml"), QUIET).train()
+    check_equal(first, output)
+    found = [json.loads((p / "metrics.json").read_text()) for p in (first, output)]
+    assert [run["steps"] for run in found] == [5, 5]
+    assert found[0]["best_step"] == found[1]["best_step"]
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_an_optimizer_of_bitsandbytes_resumes(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    file, first = whole(tmp_path, "full", train={"optim": name})
+    output = tmp_path / "again"
+    config = read_config(file, [f"output={output}"])
+    Run(config, QUIET).train()
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-6")
+    Run(config, QUIET).train()
+    check_equal(first, output)
+    kept = output / "checkpoints" / "checkpoint-4" / "optimizer.safetensors"
+    assert any("state1" in key for key in load_file(kept))
 
 
 KILLER = """
