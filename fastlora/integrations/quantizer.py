@@ -8,7 +8,7 @@ is dropped. No more than the largest tensor is there beside the packed model.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -222,6 +222,8 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: FastLoraQuantConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.loading = _Loading()
+        self.parts: dict[str, nn.Module] = {}  # not the model itself, which refers to this
+        self.trained: set[str] = set()
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Raise unless transformers' version is supported."""
@@ -294,6 +296,8 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         backend = self.quantization_config.backend
         record = Record(plan, None, quant, backend, self.dense_bytes, trained, forget=_forget)
         setattr(model, RECORD, record)
+        self.parts = dict(model.named_children())
+        self.trained = _trained(self.parts)
         return model
 
     def _check_came(self, model: Any, weight: str) -> None:
@@ -342,8 +346,21 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: Trainer takes the model without PEFT around it; adapters and heads are its own."""
-        return True
+        """Whether it was decided what to train: an adapter of ours, or a head, the rest frozen.
+
+        Trainer asks, and refuses a model that is only quantised; PEFT's models it knows itself.
+        """
+        return _trained(self.parts) != self.trained
+
+
+def _trained(parts: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the parameters that require a gradient."""
+    return {
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _check_whole(name: str, module: AdapterExperts) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -420,3 +422,36 @@ def test_save_quantized_says_whose_layers_it_takes(tmp_path: Path) -> None:
     theirs = fastlora.patch_model(offline.to_bnb(offline.llama(), torch.float32))
     with pytest.raises(ValueError, match=r"weights of fastlora's own, but .* another"):
         fastlora.save_quantized(theirs, tmp_path / "x")
+
+
+def trainer(model: Any, directory: Path) -> Any:
+    arguments = transformers.TrainingArguments(**offline.arguments(directory, 2))
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+@pytest.mark.parametrize("how", ["patched", "loaded", "copied", "PEFT's", "head"])
+def test_trainer_takes_what_has_something_to_train(
+    checkpoint: Path, tmp_path: Path, how: str
+) -> None:
+    model = fastlora.from_pretrained(checkpoint, dtype=torch.float32)
+    with pytest.raises(ValueError, match="attach trainable adapters on top of the quantized model"):
+        trainer(model, tmp_path)
+    config = fastlora.LoraConfig(r=2)
+    if how == "patched":
+        fastlora.patch_model(model, config)
+    elif how == "loaded":
+        fastlora.save_adapter(fastlora.patch_model(offline.llama(), config), tmp_path / "adapter")
+        fastlora.load_adapter(model, tmp_path / "adapter")
+    elif how == "copied":
+        bare, model = model, copy.deepcopy(model)
+        fastlora.patch_model(model, config)
+        with pytest.raises(ValueError, match="attach trainable adapters"):
+            trainer(bare, tmp_path)
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "PEFT's":
+        model = offline.peft_model(model)
+    else:
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+    assert trainer(model, tmp_path).train().training_loss > 0
