@@ -27,11 +27,11 @@ def test_example(path: Path, tmp_path: Path) -> None:
     for module in NEEDS[path.stem]:
         pytest.importorskip(module)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, str(path), "--steps", "12"]
+    command = [sys.executable, str(path), "--steps", "30" if path.stem == "plain_pytorch" else "12"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     shown = re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout)
     if shown:
         assert float(shown[2]) < float(shown[1])
     else:
-        assert re.search(r"accuracy on \d+ held-out images 0\.[2-9]", done.stdout), done.stdout
+        assert re.search(r"accuracy on \d+ held-out images 0\.[6-9]", done.stdout), done.stdout
