@@ -7,22 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fastlora.adapters import METHODS
-from fastlora.adapters.base import AdapterConfig
-
-# What PEFT writes beside the method's own fields, and what changes nothing here.
-_IGNORED = frozenset(
-    [
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-    ]
-)
+from fastlora.adapters.base import UNUSED, AdapterConfig
 
 
 def from_fields(values: Mapping[str, Any]) -> AdapterConfig:
@@ -45,7 +30,7 @@ def from_fields(values: Mapping[str, Any]) -> AdapterConfig:
         )
     own = {f.name for f in fields(known[kind])}
     for name, value in values.items():
-        if name not in own and name not in _IGNORED and value:
+        if name not in own and name not in UNUSED and value:
             raise NotImplementedError(
                 f"the PEFT field {name!r} must be unset, got {str(value)[:80]!r}; fastlora has no"
                 " such feature, so train without it"

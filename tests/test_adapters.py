@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 import math
+import pickle
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +156,31 @@ def test_unknown_peft_fields() -> None:
         from_fields({**base, "layer_replication": [[0, 4]]})
     with pytest.raises(NotImplementedError, match=r"peft_type must be one of .*got 'IA3'"):
         from_fields({**base, "peft_type": "IA3"})
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"bottleneck"}))
+def test_configs_take_what_scripts_of_peft_pass(name: str, tmp_path: Path) -> None:
+    cls: Any = METHODS[name].config_class
+    passed: dict[str, Any] = {
+        "r": 4, "target_modules": ["0"], "task_type": "CAUSAL_LM", "inference_mode": False,
+        "base_model_name_or_path": "some/model", "revision": None, "auto_mapping": None,
+        "peft_type": cls.peft_type, "fan_in_fan_out": False,
+    }  # fmt: skip
+    config = cls(**passed)
+    assert config == cls(r=4, target_modules=["0"], task_type="CAUSAL_LM")
+    assert pickle.loads(pickle.dumps(config)) == config == replace(config, r=4)
+    model = nn.Sequential(nn.Linear(16, 16))
+    fastlora.save_adapter(fastlora.patch_model(model, config), tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    alpha = {cls.alpha_field: 8}
+    assert written == {
+        "r": 4, "target_modules": ["0"], "task_type": "CAUSAL_LM", "peft_type": cls.peft_type,
+        "inference_mode": True, "base_model_name_or_path": None, **alpha,
+    }  # fmt: skip
+    for field, value in (("layer_replication", [[0, 4]]), ("fan_in_fan_out", True), ("lora_r", 0)):
+        with pytest.raises(TypeError, match=rf"{cls.__name__} takes the .*, got '{field}' too; "):
+            cls(r=4, **{field: value})
+    assert list(inspect.signature(cls).parameters) == [f.name for f in fields(cls)]
 
 
 def test_every_method_is_registered_under_its_own_name() -> None:

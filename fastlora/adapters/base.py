@@ -2,20 +2,66 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastlora.adapters import targets
 
 MAX_RANK = 4096
 MAX_ALPHA = 1e4
 Names = str | Sequence[str] | None
+UNUSED = frozenset(
+    [
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    ]
+)
+"""What a config of PEFT has beside the method's own fields, and what changes nothing here."""
+_C = TypeVar("_C")
+
+
+class _ConfigType(type):
+    """The type of configs, which are made with the fields that PEFT's are made with."""
+
+    def __call__(cls: type[_C], **values: Any) -> _C:
+        """Return the config; fields of PEFT that change nothing here are left out."""
+        own = {f.name for f in fields(cls) if f.init}  # type: ignore[arg-type]
+        used = {
+            name: value for name, value in values.items() if name in own or _counts(name, value)
+        }
+        unknown = sorted(set(used) - own)
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__} takes the fields {sorted(own)}, got {unknown[0]!r} too; leave it"
+                " out"
+            )
+        config: _C = super().__call__(**used)  # type: ignore[misc]
+        return config
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The fields, for what shows or reads signatures."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+def _counts(name: str, value: object) -> bool:
+    """Return whether a field that is none of ours would change something."""
+    return name not in UNUSED and not (name == "fan_in_fan_out" and value is False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(metaclass=_ConfigType):
     """The fields that all methods have, under PEFT's names and with PEFT's defaults.
 
     Attributes:
@@ -30,8 +76,10 @@ class AdapterConfig:
         modules_to_save: names or suffixes of modules that are trained whole and saved along.
         task_type: PEFT's task type, such as "CAUSAL_LM", kept for PEFT.
 
+    The fields in `UNUSED`, and `fan_in_fan_out=False`, are taken and forgotten.
+
     Raises:
-        TypeError: a field has the wrong type.
+        TypeError: a field has the wrong type, or there is no such field.
         ValueError: a field has a value out of range, or a pattern is not safe.
     """
 
