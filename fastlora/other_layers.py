@@ -2,7 +2,8 @@
 
 As for linears, `__class__` is set on the layer that is there; its parameters keep their names and
 the adapter's lie beside them. A convolution's weight is a matrix (N, K) whose columns are the input
-channels and the window's places, as PEFT flattens it.
+channels and the window's places, as PEFT flattens it. Where it has groups, LoRA reaches over them,
+as PEFT's does: it reads all channels, so the update is that of a convolution without groups.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.nn import functional
 
 from fastlora import ops
 from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, magnitude, method_of
+from fastlora.adapters.lora import Lora
+from fastlora.adapters.method import Factors, Method
 from fastlora.adapters.product import keep_rows
 from fastlora.checks import FLOATS
 
@@ -72,17 +75,37 @@ class _Convolution(OtherLayer):
         y = (z + update) * _columns(self._scale(params, spec), z)
         return (y if self.bias is None else y + _columns(self.bias, z)).to(z.dtype)
 
+    def merged_weight(self) -> Tensor:
+        """Return the weight with the update folded in; that of all channels where it needs them."""
+        if self.groups == 1 or not isinstance(METHODS[self.adapter.method], Lora):
+            return super().merged_weight()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.no_grad():
+            A, B = _whole(self.adapter_params(), self.groups)
+            whole = _all_channels(self.weight.detach().to(wide), self.groups)
+            whole += (B.to(wide) @ A.to(wide)).view(whole.shape) * self.adapter.scaling
+        return whole.to(self.weight.dtype)
+
+    def _factors(self, params: Mapping[str, Tensor], method: Method) -> Factors | None:
+        """Return A (r, K) and B (N, r) of the update, or None; K: of all groups."""
+        if self.groups == 1:
+            return method.factors(params)
+        return _whole(params, self.groups) if isinstance(method, Lora) else None
+
     def _update(self, x: Tensor, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         method = METHODS[spec.method]
-        factors = method.factors(params) if self.groups == 1 else None
+        factors = self._factors(params, method)
         x = functional.dropout(x, spec.dropout, training=self.training and spec.dropout > 0)
         if factors is None:
             delta = method.delta(params, spec).view(self.weight.shape)
             update: Tensor = self._conv_forward(x.to(delta.dtype), delta, None)
         else:
             A, B = factors
-            first = A.view(A.shape[0], *self.weight.shape[1:])
+            parts = (self.groups, A.shape[0])  # each group's channels are multiplied on their own
+            first = A.view(*parts[::-1], *self.weight.shape[1:]).transpose(0, 1).flatten(0, 1)
             s: Tensor = self._conv_forward(x.to(A.dtype), first, None)
+            if self.groups > 1:
+                s = s.view(s.shape[0], *parts, *s.shape[2:]).sum(1)
             update = torch.einsum("nr,mr...->mn...", B.to(s.dtype), s) * spec.scaling
         rows = keep_rows(spec, update.shape[1], update.device, self.training)
         return update if rows is None else update * _columns(rows, update)
@@ -98,6 +121,23 @@ class _Convolution(OtherLayer):
             total = self.weight.detach().to(delta.dtype).flatten(1) + delta
             norm: Tensor = total.square().sum(1).sqrt()
             return norm
+
+
+def _whole(params: Mapping[str, Tensor], groups: int) -> Factors:
+    """Return LoRA's A (r, K) and B (N, r), zero where a row is not of a rank's group."""
+    blocks = params["lora_B"].chunk(groups)
+    return params["lora_A"], torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+
+
+def _all_channels(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight (N, K / groups, ...) as (N, K, ...), zero where a row reads no channel."""
+    channels, window = weight.shape[1], (0, 0) * (weight.dim() - 2)
+    return torch.cat(
+        [
+            functional.pad(rows, (*window, i * channels, (groups - 1 - i) * channels))
+            for i, rows in enumerate(weight.chunk(groups))
+        ]
+    )
 
 
 def _columns(values: Tensor, like: Tensor) -> Tensor:
@@ -161,10 +201,11 @@ def spec_of(config: AdapterConfig, name: str, module: nn.Module) -> AdapterSpec:
         spec = method.embedding_spec(config, name, module.num_embeddings, module.embedding_dim)
     else:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        kernel, channels = tuple(module.kernel_size), module.in_channels // module.groups
-        spec = method.spec(config, name, module.out_channels, channels, kernel)
+        spec = _convolution_spec(method, config, name, module)
     weight = module.weight
     n, k = weight.shape[0], math.prod(weight.shape[1:])
+    if isinstance(method, Lora):
+        k *= getattr(module, "groups", 1)  # its update reads the channels of all
     if method.bounded and spec.r > min(n, k):
         raise ValueError(
             f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
@@ -176,6 +217,15 @@ def spec_of(config: AdapterConfig, name: str, module: nn.Module) -> AdapterSpec:
             " model in float32, bfloat16 or float16"
         )
     return spec
+
+
+def _convolution_spec(
+    method: Method, config: Any, name: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+) -> AdapterSpec:
+    n, kernel, groups = module.out_channels, tuple(module.kernel_size), module.groups
+    if groups > 1 and isinstance(method, Lora):
+        return method.grouped_spec(config, name, n, module.in_channels, kernel, groups)
+    return method.spec(config, name, n, module.in_channels // groups, kernel)
 
 
 def _check_embedding(name: str, module: nn.Embedding) -> None:
@@ -207,11 +257,16 @@ def to_other_layer(module: Any, spec: AdapterSpec, params: Mapping[str, Tensor])
 
 
 def to_plain(module: OtherLayer, weight: Tensor) -> None:
-    """Turn such a layer back into a plain one with this weight, in place."""
+    """Turn such a layer back into a plain one with this weight, in place.
+
+    A convolution whose weight has come to read all channels has no groups any more.
+    """
     for name in module.adapter_params():
         delattr(module, name)
     kind = module.plain
     del module.adapter
+    if isinstance(module, _Convolution) and module.weight.shape != weight.shape:
+        module.groups = 1
     if module.weight is not weight:
         module.weight = nn.Parameter(weight, requires_grad=False)
     module.__class__ = kind  # type: ignore[assignment]

@@ -52,6 +52,7 @@ CONVS = ["one", "two", "point"]
 CONFIGS: dict[str, AdapterConfig] = {
     "lora": LoraConfig(r=3, lora_alpha=6, target_modules=[*CONVS, "out"]),
     "rslora": LoraConfig(r=2, use_rslora=True, target_modules=CONVS),
+    "lora, groups": LoraConfig(r=4, lora_alpha=6, target_modules=["parts", *CONVS]),
     "dora": LoraConfig(r=3, use_dora=True, target_modules=CONVS),
     "loha": LoHaConfig(r=2, alpha=5, target_modules=[*CONVS, "parts"]),
     "lokr": LoKrConfig(r=1, alpha=5, target_modules=[*CONVS, "parts"]),
@@ -141,6 +142,33 @@ def test_identity_at_first_training_and_unpatch(name: str) -> None:
     torch.testing.assert_close(model(x), before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "groups", "out", "r"),
+    [(nn.Conv1d, 2, 10, 4), (nn.Conv2d, 2, 10, 4), (nn.Conv3d, 2, 10, 4), (nn.Conv1d, 6, 12, 6)],
+)
+def test_groups_are_those_of_peft(kind: Any, groups: int, out: int, r: int, tmp_path: Path) -> None:
+    """Of each number of dimensions, and one channel in a group."""
+    import peft
+
+    torch.manual_seed(0)
+    base: Any = nn.Sequential(kind(6, out, 3, stride=2, padding=1, groups=groups), nn.Tanh())
+    x = torch.randn(2, 6, *[7] * (base[0].weight.dim() - 2))
+    other = theirs(copy.deepcopy(base), LoraConfig(r=r, use_rslora=True, target_modules=["0"]))
+    noise(other)
+    other.save_pretrained(tmp_path / "theirs")
+    ours: Any = fastlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(ours(x), other(x))
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+    torch.testing.assert_close(again(x), other(x))
+    y = ours(x)
+    merged: Any = fastlora.merge(copy.deepcopy(ours))
+    assert type(merged[0]) is kind and merged[0].groups == 1
+    torch.testing.assert_close(merged(x), y)
+    plain: Any = fastlora.unpatch(ours)
+    assert plain[0].groups == groups and torch.equal(plain(x), base(x))
+
+
 def test_quantize_leaves_them_dense() -> None:
     model, x = start("lora")
     fastlora.patch_model(model, CONFIGS["lora"], quantize="nf4")
@@ -163,6 +191,10 @@ def test_what_is_refused() -> None:
         fastlora.patch_model(model, BottleneckConfig(r=2, target_modules=["two"]))
     with pytest.raises(NotImplementedError, match="LoKr on a 1-d convolution needs r below"):
         fastlora.patch_model(model, LoKrConfig(r=2, target_modules=["one"]))
+    with pytest.raises(ValueError, match="rank of 'parts' must be a multiple of its 4 groups, got"):
+        fastlora.patch_model(model, LoraConfig(r=3, target_modules=["parts"]))
+    with pytest.raises(NotImplementedError, match="use_dora must be False for a convolution with"):
+        fastlora.patch_model(model, LoraConfig(r=4, use_dora=True, target_modules=["parts"]))
     words, _ = start("embedding")
     with pytest.raises(NotImplementedError, match="an embedding can have LoRA alone"):
         fastlora.patch_model(words, LoHaConfig(r=2, target_modules=["embed"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -122,6 +122,27 @@ class Lora(Method):
             shapes[magnitude.NAME] = (n,)
         dropout = float(config.lora_dropout)
         return AdapterSpec(self.name, r, alpha, scaling, shapes, dropout, kernel=kernel)
+
+    def grouped_spec(
+        self, config: LoraConfig, name: str, n: int, k: int, kernel: tuple[int, ...], groups: int
+    ) -> AdapterSpec:
+        """Return rank, scaling and shapes for a convolution with groups, which are PEFT's.
+
+        A (r, K) reads the channels of all groups, k of them; a row of B (N, r / groups) has only
+        the ranks of its own group.
+        """
+        if config.use_dora:
+            raise NotImplementedError(
+                f"use_dora must be False for a convolution with groups, but {name!r} has {groups};"
+                " exclude it"
+            )
+        spec = self.spec(config, name, n, k, kernel)
+        if spec.r % groups:
+            raise ValueError(
+                f"the rank of {name!r} must be a multiple of its {groups} groups, got {spec.r}; set"
+                " rank_pattern or exclude it"
+            )
+        return replace(spec, shapes={**spec.shapes, "lora_B": (n, spec.r // groups)})
 
     def embedding_spec(self, config: LoraConfig, name: str, count: int, width: int) -> AdapterSpec:
         """Return rank, scaling and shapes for an embedding: A (r, count), B (width, r)."""
