@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from pydantic import TypeAdapter, ValidationError
 
+from fastlora.train.config import RunConfig
 from fastlora.train.refusal import Refusal, check_known
+from fastlora.train.strategies import strategy
 
 AUTO = "auto"
+BATCH, EVAL_BATCH = 8, 32
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": EVAL_BATCH,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "seed": 0,
+}
+"""Of the section; the learning rate is the method's."""
+_LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+_ABOVE_0 = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_MOST_SEED = 2**32 - 1
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OURS = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names"}
 
 
@@ -40,25 +77,20 @@ class Extras:
     warmup_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("layerwise_lr_decay", 0),
-            ("loraplus_lr_ratio", 0),
-            ("max_bad_steps", 0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > low:
-                raise Refusal(f"train.{name} must be a number above {low}, got {value!r}")
-        if not isinstance(self.max_bad_steps, int):
-            raise Refusal(f"train.max_bad_steps must be a whole number, got {self.max_bad_steps!r}")
-        patience = self.early_stopping_patience
-        if patience is not None and (not isinstance(patience, int) or patience < 1):
+        for name, kind in typing.get_type_hints(Extras).items():
+            _check_kind(name, getattr(self, name), kind)
+        for name in ("layerwise_lr_decay", "loraplus_lr_ratio", "max_bad_steps"):
+            if not getattr(self, name) > 0:
+                raise Refusal(f"train.{name} must be a number above 0, got {getattr(self, name)!r}")
+        patience, ratio = self.early_stopping_patience, self.warmup_ratio
+        if patience is not None and patience < 1:
             raise Refusal(f"train.early_stopping_patience must be at least 1, got {patience!r}")
-        ratio = self.warmup_ratio
-        if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
+        if ratio is not None and not 0 <= ratio < 1:
             raise Refusal(f"train.warmup_ratio must be at least 0 and below 1, got {ratio!r}")
-        budget = self.memory_budget_gib
-        if budget is not None and not (isinstance(budget, int | float) and budget > 0):
-            raise Refusal(f"train.memory_budget_gib must be above 0, got {budget!r}")
+        if self.memory_budget_gib is not None and self.memory_budget_gib <= 0:
+            raise Refusal(
+                f"train.memory_budget_gib must be above 0, got {self.memory_budget_gib!r}"
+            )
 
 
 def known_fields() -> set[str]:
@@ -78,62 +110,89 @@ def split_arguments(section: dict[str, Any]) -> tuple[dict[str, Any], Extras]:
     names = {field.name for field in dataclasses.fields(Extras)}
     ours = {key: value for key, value in section.items() if key in names}
     theirs = {key: value for key, value in section.items() if key not in names}
-    for key in ("learning_rate", "num_train_epochs", "max_grad_norm"):
-        value = theirs.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise Refusal(f"train.{key} must be a number of at least 0, got {value!r}")
-        if not math.isfinite(value):
-            raise Refusal(f"train.{key} must be finite, got {value!r}")
-    for key in (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "max_steps",
-        "gradient_accumulation_steps",
-    ):
-        value = theirs.get(key, 1)
-        if key == "per_device_train_batch_size" and value == AUTO:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-            raise Refusal(f"train.{key} must be a whole number of at least 1, got {value!r}")
+    kinds = typing.get_type_hints(transformers.TrainingArguments)
+    for key, value in theirs.items():
+        if key != "per_device_train_batch_size" or value != AUTO:
+            _check_kind(key, value, kinds[key])
+            _check_range(key, value)
     return theirs, Extras(**ours)
 
 
+def _check_kind(key: str, value: Any, kind: Any) -> None:
+    """Raise unless a value is of the kind that TrainingArguments says the field is."""
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        raise Refusal(f"train.{key} must be {_in_words(kind)}, got {value!r}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refusal(f"train.{key} must be finite, got {value!r}")
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        said = [_in_words(part) for part in typing.get_args(kind) if part is not types.NoneType]
+        return " or ".join(dict.fromkeys(said))
+    plain = typing.get_origin(kind) or kind
+    if plain is list:
+        return "a list"
+    if plain is dict:
+        return "keys and values"
+    return _KINDS.get(plain, "text")
+
+
+def _check_range(key: str, value: Any) -> None:
+    """Raise unless a value of the right kind is in the range that a run can use."""
+    least = _LEAST.get(key)
+    if value is None:
+        return
+    if least is not None and value < least:
+        kind = "whole number" if isinstance(value, int) else "number"
+        raise Refusal(f"train.{key} must be a {kind} of at least {least}, got {value!r}")
+    if key in ("seed", "data_seed") and value > _MOST_SEED:
+        raise Refusal(f"train.{key} must be at most {_MOST_SEED}, got {value!r}")
+    if key in _ABOVE_0 and value <= 0:
+        raise Refusal(f"train.{key} must be above 0, got {value!r}")
+    if key == "max_steps" and value < 1 and value != -1:
+        raise Refusal(
+            "train.max_steps must be a whole number of at least 1, or -1 for train.num_train_epochs"
+            f" epochs, got {value!r}"
+        )
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Return a run's config with the defaults of its section `train` written out.
+
+    Raises:
+        Refusal: the method is unknown, or a key or a value of the section is wrong.
+    """
+    _, extras = split_arguments(config.train)
+    defaults = {"learning_rate": strategy(config.method).learning_rate, **DEFAULTS}
+    if config.train.get("max_steps", -1) > 0:
+        del defaults["num_train_epochs"]
+    section = {**defaults, **config.train}
+    if extras.early_stopping_patience is not None:
+        section["save_strategy"] = section["eval_strategy"]
+        if section.get("eval_steps") is not None:
+            section.setdefault("save_steps", section["eval_steps"])
+    return config.model_copy(update={"train": section})
+
+
 def make_arguments(
-    fields: dict[str, Any],
-    extras: Extras,
-    directory: Path,
-    learning_rate: float,
-    metric: str,
-    greater: bool,
-    batch_size: int,
+    fields: dict[str, Any], extras: Extras, directory: Path, metric: str, greater: bool
 ) -> transformers.TrainingArguments:
-    """Return TrainingArguments with our defaults under the user's fields.
+    """Return TrainingArguments.
 
     Args:
-        fields: the user's.
+        fields: of the section as `resolve` leaves it, with a number for the batch size.
         extras: ours.
         directory: of the checkpoints.
-        learning_rate: the method's default.
         metric: the score that the best checkpoint has.
         greater: whether more of it is better.
-        batch_size: rows per step and device, where the user asks for "auto".
 
     Raises:
         Refusal: a value is wrong.
     """
     values: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 32,
-        "lr_scheduler_type": "linear",
-        "weight_decay": 0.01,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "seed": 0,
         "use_cpu": not torch.cuda.is_available(),
         "metric_for_best_model": metric,
         "greater_is_better": greater,
@@ -144,20 +203,27 @@ def make_arguments(
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
     }
-    if values["per_device_train_batch_size"] == AUTO:
-        values["per_device_train_batch_size"] = batch_size
     if extras.warmup_ratio is not None:
         values["warmup_steps"] = extras.warmup_ratio
     if not torch.cuda.is_available():
         values.setdefault("dataloader_pin_memory", False)
     if extras.early_stopping_patience is not None:
+        if values["eval_strategy"] == "no":
+            raise Refusal(
+                "train.early_stopping_patience counts evaluations, but train.eval_strategy is 'no';"
+                " set it to epoch or steps, or leave the patience out"
+            )
         values["load_best_model_at_end"] = True
-        values["save_strategy"] = values["eval_strategy"]
-        values.setdefault("save_steps", values.get("eval_steps"))
-        values = {key: value for key, value in values.items() if value is not None}
     if values.get("gradient_checkpointing"):
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    try:
+    with refused_options():
         return transformers.TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError) as error:
+
+
+@contextmanager
+def refused_options() -> Iterator[None]:
+    """Turn what transformers says of wrong options into `Refusal`."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise Refusal(f"train: {' '.join(str(error).split())}") from error

@@ -8,7 +8,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
     raise TypeError(f"an optimizer's option must be a number or text, got {value!r}")
+
+
+def digest(examples: Iterable[Mapping[str, Any]]) -> str:
+    """Return a hash of examples as a model gets them, wherever they were read from."""
+    found = hashlib.sha256()
+    for example in examples:
+        for key in sorted(example.keys() - {"place"}):
+            value = example[key]
+            found.update(f"{key}={getattr(value, 'shape', '')}".encode())
+            if isinstance(value, Tensor):
+                flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                found.update(flat.numpy().data)
+            else:
+                found.update(json.dumps(value, default=str).encode())
+    return found.hexdigest()
 
 
 def pack_random() -> dict[str, bytes]:

@@ -73,6 +73,16 @@ ROLES = tuple(
 """The keys of `data` that name columns."""
 
 
+SFT_FIELDS = {
+    "packing": "packing",
+    "max_length": "max_length",
+    "assistant_only_loss": "assistant_only",
+    "completion_only_loss": "assistant_only",
+    "dataset_text_field": "text",
+}
+"""Fields of TRL's SFTConfig that the section `train` may have -> what the key of `data` is."""
+
+
 class RunConfig(Section):
     """One run.
 
@@ -83,7 +93,8 @@ class RunConfig(Section):
         method: one of `fastlora.train.strategies.STRATEGIES`.
         adapter: the fields of the method's config, by PEFT's names.
         quantize: how the frozen base is stored; None: as it is.
-        train: fields of transformers' TrainingArguments, and those of `fastlora.train.arguments`.
+        train: fields of transformers' TrainingArguments and those of `fastlora.train.arguments`;
+            `SFT_FIELDS` of TRL are moved to `data`.
         output: the directory of the run's results.
     """
 
@@ -203,6 +214,26 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = parse_yaml(value, f"the value of {key}")
 
 
+def _moved(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with TRL's fields where fastlora's are.
+
+    Raises:
+        Refusal: a field and fastlora's key for it are both there, and differ.
+    """
+    train, data = content.get("train"), content.get("data")
+    if not isinstance(train, dict) or not isinstance(data, dict):
+        return content
+    train, data = dict(train), dict(data)
+    for theirs in SFT_FIELDS.keys() & train.keys():
+        ours, value = SFT_FIELDS[theirs], train.pop(theirs)
+        if data.setdefault(ours, value) != value:
+            raise Refusal(
+                f"train.{theirs} must be what data.{ours} is, got {value!r} and {data[ours]!r};"
+                " leave one out"
+            )
+    return {**content, "train": train, "data": data}
+
+
 def as_config(content: dict[str, Any], name: str) -> RunConfig:
     """Return the config that these keys and values are.
 
@@ -210,7 +241,7 @@ def as_config(content: dict[str, Any], name: str) -> RunConfig:
         Refusal: a key or a value is wrong; the first is named.
     """
     try:
-        return RunConfig(**content)
+        return RunConfig(**_moved(content))
     except ValidationError as error:
         first = error.errors()[0]
     except TypeError as error:

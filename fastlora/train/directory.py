@@ -18,7 +18,10 @@ from fastlora.train.refusal import Refusal
 
 CONFIG, METRICS, LOG, REPORT = "run.yaml", "metrics.json", "log.jsonl", "report.html"
 LABELS, BASE, WEIGHTS, CHECKPOINTS = "labels.json", "base.json", "model", "checkpoints"
+STATE = "state.json"
+ERROR_LOG = "fastlora-error.log"
 _LOCK = ".lock"
+_NO_RUN = (_LOCK, ERROR_LOG)  # what an attempt that did not start may leave
 
 
 def check_free(config: RunConfig) -> bool:
@@ -37,18 +40,35 @@ def check_free(config: RunConfig) -> bool:
             f"output must be new, but {path} holds a finished run; choose another, or remove it"
         )
     if (path / CONFIG).is_file():
-        before = parse_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
-        now = config.as_dict()
-        differ = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        differ = differences(path / CONFIG, config)
         if differ:
             raise Refusal(
                 f"output must be new, but {path} holds an unfinished run that differs in"
                 f" {', '.join(differ)}; choose another, or go on with that run's own file"
             )
         return True
-    if any(entry.name != _LOCK for entry in path.iterdir()):
+    if any(entry.name not in _NO_RUN for entry in path.iterdir()):
         raise Refusal(f"output must be new or empty, but {path} holds other files; choose another")
     return False
+
+
+def differences(file: Path, config: RunConfig) -> list[str]:
+    """Return the keys, with dots, whose values in a run's file are not those of a config."""
+    before = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(before, dict):
+        raise Refusal(f"{file} must hold keys and values, got {type(before).__name__}")
+    return _differ(before, config.as_dict())
+
+
+def _differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for key in sorted({*before, *now}):
+        first, second = before.get(key), now.get(key)
+        if isinstance(first, dict) and isinstance(second, dict):
+            found += [f"{key}.{below}" for below in _differ(first, second)]
+        elif first != second:
+            found.append(key)
+    return found
 
 
 @contextmanager
@@ -56,9 +76,24 @@ def claimed(config: RunConfig) -> Iterator[Path]:
     """Yield the directory, held by this process alone, with the run's config in it.
 
     Raises:
-        Refusal: another process holds it, or it can't be written.
+        Refusal: another process holds it or has just used it, or it can't be written.
     """
     path = config.output
+    with locked(path):
+        check_free(config)
+        if not (path / CONFIG).exists():
+            text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+            write_whole(path / CONFIG, text)
+        yield path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make a directory and hold it for this process alone.
+
+    Raises:
+        Refusal: another process holds it, or it can't be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / _LOCK, "w")  # noqa: SIM115 - closed below
@@ -71,10 +106,7 @@ def claimed(config: RunConfig) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Refusal(f"output must not be in use, but another run writes to {path}") from None
-        if not (path / CONFIG).exists():
-            text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-            write_whole(path / CONFIG, text)
-        yield path
+        yield
         (path / _LOCK).unlink(missing_ok=True)
 
 
@@ -92,6 +124,12 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in whole; what is not finite becomes null."""
     write_whole(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of `write_json`; nothing where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def finite(content: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastlora
+from fastlora.patch import RECORD
 from fastlora.train import directory, page
 from fastlora.train.models import parameter_counts
 from fastlora.train.tasks.base import Evaluation
@@ -69,7 +70,7 @@ def collect(
         "batch_size": run.arguments.per_device_train_batch_size,
         "best_step": trainer.state.best_global_step,
         "train_seconds": seconds,
-        "seconds": run.seconds,
+        "seconds": trainer.seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": peak_bytes(),
@@ -112,8 +113,6 @@ def git_revision() -> str | None:
 
 
 def patch_rows(model: Any) -> dict[str, Any] | None:
-    """Return fastlora's report on a patched model; None: it is not patched."""
-    try:
-        return dict(fastlora.report(model))
-    except (TypeError, ValueError):
-        return None
+    """Return fastlora's report on the part of a model that is patched; None: none is."""
+    patched = next((part for part in model.modules() if RECORD in vars(part)), None)
+    return None if patched is None else dict(fastlora.report(patched))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,12 +15,19 @@ import transformers
 from rich.console import Console
 
 from fastlora.train import checkpoints, directory, memory, results, retention
-from fastlora.train.arguments import AUTO, make_arguments, split_arguments
+from fastlora.train.arguments import (
+    AUTO,
+    BATCH,
+    make_arguments,
+    refused_options,
+    resolve,
+    split_arguments,
+)
 from fastlora.train.callbacks import Audit, Bar, Clock, Interruption
 from fastlora.train.config import RunConfig
 from fastlora.train.models import device_of, parameter_counts
 from fastlora.train.precision import WHY_SLOW, slow_on_cpu, why_widen
-from fastlora.train.prepare import prepare
+from fastlora.train.prepare import SPLITS, prepare
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
@@ -45,9 +52,9 @@ class Run:
     """A run whose data and model are loaded and checked; nothing is written yet.
 
     Attributes:
-        config: as it was read.
+        config: as it was read, with the defaults of its section `train`.
         model: the model, ready to train.
-        seconds: of training in this process, with evaluation and checkpoints.
+        trainer: with callbacks, optimizer and schedule that were made once to check the options.
 
     Raises:
         Refusal: bad input of any kind.
@@ -55,20 +62,42 @@ class Run:
 
     def __init__(self, config: RunConfig, console: Console) -> None:
         quiet()
-        self.config, self.console, self.seconds = config, console, 0.0
-        self.resumes = directory.check_free(config)
-        self.task = task(config.task)(config)
+        self.config, self.console = resolve(config), console
+        self.resumes = directory.check_free(self.config)
+        self.task = task(config.task)(self.config)
         self.strategy = strategy(config.method)(config.adapter)
-        fields, self.extras = split_arguments(config.train)
+        fields, self.extras = split_arguments(self.config.train)
         self._check_fit(fields)
-        self._arguments(fields, 8)  # wrong values are found before anything is loaded
-        self.data = prepare(self.task, config.data, config.seed)
+        self._arguments(fields, BATCH)  # wrong values are found before anything is loaded
+        self.data = prepare(self.task, config.data, self.config.seed)
         for line in self.data.report.lines():
             self.say(line)
         self._check_labels()
+        begun = directory.read_json(config.output / directory.STATE) if self.resumes else {}
+        self.rows = self._rows(begun.get("rows", {}))
         self._warn_of_slow_formats(fields)
-        self._load(fields.get("per_device_eval_batch_size", 32))
-        self.arguments = self._arguments(fields, self._batch_size(fields))
+        self._load(fields["per_device_eval_batch_size"])
+        size = begun.get("batch_size") or self._batch_size(fields)
+        self.arguments = self._arguments(fields, size)
+        self.audit, self.interruption = Audit(self.say), Interruption()
+        self.clock = Clock(config.output / directory.LOG)
+        self.trainer = self._trainer()
+
+    def _rows(self, begun: dict[str, str]) -> dict[str, str]:
+        """Return a hash of the rows of each split, and of the classes.
+
+        Raises:
+            Refusal: they are not those that the run began with.
+        """
+        rows = {name: checkpoints.digest(getattr(self.data, name)) for name in SPLITS}
+        rows["classes"] = checkpoints.digest([{"classes": self.task.classes}])
+        differ = [name for name, found in begun.items() if rows.get(name) != found]
+        if differ:
+            raise Refusal(
+                f"the data must be what the unfinished run in {self.config.output} began with, but"
+                f" {', '.join(differ)} changed; put the old data back, or choose another output"
+            )
+        return rows
 
     def _load(self, batch_size: int) -> None:
         """Load the model, score it as it is, and apply the strategy."""
@@ -99,7 +128,7 @@ class Run:
 
     def _batch_size(self, fields: dict[str, Any]) -> int:
         """Return the rows of a step on one device: the user's number, or what fits."""
-        asked: Any = fields.get("per_device_train_batch_size", 8)
+        asked: Any = fields["per_device_train_batch_size"]
         if asked != AUTO:
             return int(asked)
         budget = self.extras.memory_budget_gib
@@ -109,7 +138,7 @@ class Run:
 
     def _arguments(self, fields: dict[str, Any], size: int) -> Any:
         """Return TrainingArguments; those that depend on the data once it is there."""
-        chosen = dict(fields)
+        chosen = {**fields, "per_device_train_batch_size": size}
         rows = self.data.train if hasattr(self, "data") else []
         if len(rows) > size and len(rows) % size == 1 and learns_statistics(self.model):
             chosen.setdefault("dataloader_drop_last", True)
@@ -120,15 +149,35 @@ class Run:
                 "examples of like length are batched together, which saves padding"
                 " (train.train_sampling_strategy: random does not)"
             )
-        return make_arguments(
-            chosen,
-            self.extras,
-            self.config.output / directory.CHECKPOINTS,
-            self.strategy.learning_rate,
-            self.task.metric,
-            self.task.greater,
-            size,
-        )
+        checkpoint_root = self.config.output / directory.CHECKPOINTS
+        metric, greater = self.task.metric, self.task.greater
+        return make_arguments(chosen, self.extras, checkpoint_root, metric, greater)
+
+    def _trainer(self) -> Tuner:
+        """Return the Trainer after a rehearsal of what it makes of the options.
+
+        The Trainer makes the directory of its checkpoints, which must not be there yet.
+        """
+        patience = self.extras.early_stopping_patience
+        stops = [transformers.EarlyStoppingCallback(patience)] if patience else []
+        place = self.arguments.output_dir
+        with TemporaryDirectory() as scratch, refused_options():
+            self.arguments.output_dir = str(Path(scratch) / directory.CHECKPOINTS)
+            trainer = Tuner(
+                self.task,
+                self.extras,
+                self.head,
+                self.clock.take,
+                model=self.model,
+                args=self.arguments,
+                train_dataset=self.data.train,
+                eval_dataset=self.data.valid,
+                callbacks=[self.clock, self.audit, self.interruption, Bar(self.console), *stops],
+            )
+        self.arguments.output_dir = place
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.rehearse()
+        return trainer
 
     def _check_labels(self) -> None:
         """Raise unless there is something to learn; say where the end of text is not learnt."""
@@ -161,13 +210,14 @@ class Run:
                 f"data.retain is text for language models, but task {self.task.name} has none;"
                 " leave it out"
             )
-        if not method.vision and self.config.data.packing:
+        if not method.packs and self.config.data.packing:
             raise Refusal(f"data.packing must be false for method {method.name}; leave it out")
-        if method.name == "prefix" and fields.get("gradient_checkpointing"):
-            raise Refusal(
-                "train.gradient_checkpointing must be false for method prefix, whose keys and"
-                " values are not computed again; use prompt, or leave it out"
-            )
+        for key in ("gradient_checkpointing", "activation_checkpointing"):
+            if fields.get(key) and not method.recomputes:
+                raise Refusal(
+                    f"train.{key} must be false for method {method.name}, which can't compute"
+                    " activations again; choose another method, or leave it out"
+                )
 
     def _score_base(self, base: Any, batch_size: int) -> Evaluation:
         stored = self.config.output / directory.BASE
@@ -203,52 +253,41 @@ class Run:
             Diverged: loss or gradients stayed not finite.
         """
         with directory.claimed(self.config) as output:
+            directory.write_json(output / directory.STATE, self._state())
             directory.write_json(output / directory.BASE, dataclasses.asdict(self.before))
             directory.write_json(output / directory.LABELS, self.task.classes)
-            trainer, audit = self._loop(output)
-            after = trainer.scores_of(self.data.test)
-            found = {**audit.as_dict(), **self.task.audit(self.data.train)}
-            results.write(self, output, trainer, after, found)
+            self._loop(output)
+            after = self.trainer.scores_of(self.data.test)
+            found = {**self.audit.as_dict(), **self.task.audit(self.data.train)}
+            results.write(self, output, self.trainer, after, found)
         return output
 
-    def _loop(self, output: Path) -> tuple[Tuner, Audit]:
-        log, audit, interruption = output / directory.LOG, Audit(self.say), Interruption()
-        clock = Clock(log)
-        patience = self.extras.early_stopping_patience
-        stops = [transformers.EarlyStoppingCallback(patience)] if patience else []
-        trainer = Tuner(
-            self.task,
-            self.extras,
-            self.head,
-            clock.take,
-            model=self.model,
-            args=self.arguments,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.valid,
-            callbacks=[clock, audit, interruption, Bar(self.console), *stops],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
+    def _state(self) -> dict[str, Any]:
+        """Return what a resumed run must find as it was."""
+        return {"rows": self.rows, "batch_size": self.arguments.per_device_train_batch_size}
+
+    def _loop(self, output: Path) -> None:
+        """Take the steps that are left."""
+        log, trainer = output / directory.LOG, self.trainer
         newest = checkpoints.newest(output / directory.CHECKPOINTS, self.say)
         step = 0 if newest is None else int(newest.name.removeprefix(checkpoints.PREFIX))
         if self.resumes:
             self.say(f"going on after step {step}")
         directory.cut_log(log, step)
         if newest is not None and trainer.take_ended(newest):
-            return trainer, audit
-        start = time.perf_counter()
+            return
         try:
-            with interruption.listening():
+            with self.interruption.listening():
                 trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
-            clock.write()  # of a step that was not finished
-        self.seconds = time.perf_counter() - start
-        if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+            self.clock.write()  # of a step that was not finished
+        signal, state = self.interruption.signal, trainer.state
+        if signal is not None and state.global_step < state.max_steps:
             raise Interrupted(
-                f"interrupted after step {trainer.state.global_step}, which is saved in {output};"
+                f"interrupted after step {state.global_step}, which is saved in {output};"
                 " run the same command again to go on",
-                128 + interruption.signal,
+                128 + signal,
             )
-        return trainer, audit
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fastlora.train import checkpoints
-from fastlora.train.arguments import Extras
+from fastlora.train.arguments import Extras, refused_options
 from fastlora.train.groups import parameter_groups
 from fastlora.train.nonfinite import Watch
+from fastlora.train.refusal import Refusal
 from fastlora.train.strategies.base import load_state, trained_state
 from fastlora.train.tasks.base import Evaluation, Task
 
 _WEIGHTS, _STATE, _SCALER = "trained.safetensors", "trainer_state.json", "scaler.json"
-_SCHEDULER = "scheduler.json"
+_SCHEDULER, _SECONDS = "scheduler.json", "seconds.json"
 _PLACES = "_places"  # key of a batch: where its rows stand in the data
 
 
@@ -36,6 +38,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         extras: options that TrainingArguments does not have.
         watch: counts the steps that were skipped.
         tokens: of the present step, so far.
+        seconds: of training, with evaluation and checkpoints, before a resumption included.
     """
 
     def __init__(
@@ -48,12 +51,46 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
     ) -> None:
         self.task, self.extras, self.head, self.on_loss = task, extras, head, on_loss
         self.control: Any
+        self.optimizer: Any
+        self.lr_scheduler: Any
         self.watch = Watch(extras.max_bad_steps)
         self.tokens, self.step_loss, self.norm = 0, 0.0, math.nan
+        self.seconds, self._began = 0.0, time.perf_counter()
         super().__init__(data_collator=self._collate, **options)
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.task.collate(examples), _PLACES: [e.get("place", "") for e in examples]}
+
+    def rehearse(self) -> None:
+        """Make what training makes of the options, once, and forget it.
+
+        Raises:
+            Refusal: an option is wrong, or no batch can be made.
+        """
+        state = torch.get_rng_state()
+        with refused_options():
+            batches = len(self.get_train_dataloader())
+            if not batches:
+                raise Refusal(
+                    "train.per_device_train_batch_size must be at most the number of training rows,"
+                    f" {len(self.train_dataset)}, where train.dataloader_drop_last is true"
+                )
+            self.create_optimizer()
+            self.create_scheduler(num_training_steps=batches)
+        self.optimizer = self.lr_scheduler = None
+        self._created_lr_scheduler = False
+        torch.set_rng_state(state)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, and count the seconds."""
+        self._began = time.perf_counter()
+        try:
+            return super().train(*args, **options)
+        finally:
+            self.seconds = self._seconds_so_far()
+
+    def _seconds_so_far(self) -> float:
+        return self.seconds + time.perf_counter() - self._began
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any
@@ -134,7 +171,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
                 set(self.get_decay_parameter_names(owner)),
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, owner)
-            self.optimizer: Any = kind(groups, **options)
+            self.optimizer = kind(groups, **options)
         made: torch.optim.Optimizer = self.optimizer
         return made
 
@@ -163,7 +200,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
         state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
         if state.global_step < state.max_steps and not _stopped_early(state):
             return False
-        self.state = state
+        self.state, self.seconds = state, _read_json(checkpoint, _SECONDS)
         self._find_best()
         if not self.args.load_best_model_at_end or state.best_model_checkpoint is None:
             self._load_from_checkpoint(str(checkpoint))
@@ -193,6 +230,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
             **checkpoints.pack_random(),
             _SCHEDULER: _json(self.lr_scheduler.state_dict()),
             _STATE: _json({**vars(self.state)}),
+            _SECONDS: _json(self._seconds_so_far()),
             _SCALER: _json(None if scaler is None else scaler.state_dict()),
         }
         checkpoints.write(root, step, files)
@@ -209,6 +247,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._find_best()
+            self.seconds = _read_json(Path(checkpoint), _SECONDS)
             files = checkpoints.read(Path(checkpoint), *checkpoints.OPTIMIZER, _SCHEDULER)
             checkpoints.unpack_optimizer(self.optimizer, files)
             self.lr_scheduler.load_state_dict(json.loads(files[_SCHEDULER]))
@@ -216,7 +255,7 @@ class Tuner(transformers.Trainer):  # type: ignore[misc]
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is not None and scaler is not None:
-            scaler.load_state_dict(json.loads(checkpoints.read(Path(checkpoint), _SCALER)[_SCALER]))
+            scaler.load_state_dict(_read_json(Path(checkpoint), _SCALER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -252,6 +291,10 @@ def _stopped_early(state: Any) -> bool:
     entry = state.stateful_callbacks.get("EarlyStoppingCallback", {})
     counted: int = entry.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return bool(entry) and counted >= entry["args"]["early_stopping_patience"]
+
+
+def _read_json(checkpoint: Path, name: str) -> Any:
+    return json.loads(checkpoints.read(checkpoint, name)[name])
 
 
 def _json(value: Any) -> bytes:

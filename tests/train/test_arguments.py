@@ -132,3 +132,10 @@ def test_unknown_and_wrong_fields() -> None:
         split_arguments({"early_stopping_patience": 0})
     fields, extras = split_arguments({"num_train_epochs": 2, "max_bad_steps": 3})
     assert fields == {"num_train_epochs": 2} and extras.max_bad_steps == 3
+
+
+def test_fields_of_trl_are_those_of_data(tmp_path: Path) -> None:
+    fields = ["packing=true", "max_length=24", "assistant_only_loss=false"]
+    file = world.write_run(tmp_path, "instruction", "lora", data={"max_length": 24})
+    data = read_config(file, [f"train.{field}" for field in fields]).data
+    assert data.packing and data.max_length == 24 and not data.assistant_only

@@ -44,6 +44,26 @@ BAD: list[tuple[list[str], str]] = [
     (["train.warmup_ratio=2"], "train.warmup_ratio must be at least 0 and below 1"),
     (["train.memory_budget_gib=0.00001"], "must fit in train.memory_budget_gib=1e-05, but"),
     (["train.layerwise_lr_decay=0"], "train.layerwise_lr_decay must be a number above 0"),
+    (["train.seed=abc"], "train.seed must be a whole number, got 'abc'"),
+    (["train.seed=-1"], "train.seed must be a whole number of at least 0, got -1"),
+    (["train.seed=1.5"], "train.seed must be a whole number, got 1.5"),
+    (["train.seed=4294967296"], "train.seed must be at most 4294967295"),
+    (["train.per_device_train_batch_size=-1"], "train_batch_size must be a whole number of at lea"),
+    (["train.per_device_eval_batch_size=-1"], "eval_batch_size must be a whole number of at least"),
+    (["train.weight_decay=abc"], "train.weight_decay must be a number, got 'abc'"),
+    (["train.bf16=1"], "train.bf16 must be true or false, got 1"),
+    (["train.num_train_epochs=0"], "train.num_train_epochs must be above 0"),
+    (["train.max_steps=0"], "train.max_steps must be a whole number of at least 1, or -1"),
+    (["train.early_stopping_patience=2", "train.eval_strategy=no"], "train.eval_strategy is 'no'"),
+    (["train.report_to=tensorboard"], "train: .*tensorboard"),
+    (["train.lr_scheduler_type=warmup_stable_decay"], "train: .*num_decay_steps"),
+    (["train.optim=adamw_nope"], "train: .*adamw_nope"),
+    (["train.optim_args=betas"], "train: "),
+    (
+        ["train.dataloader_drop_last=true", "train.per_device_train_batch_size=25"],
+        "train.per_device_train_batch_size must be at most the number of training rows, 24",
+    ),
+    (["train.max_length=7", "data.max_length=8"], "train.max_length must be what data.max_length"),
     (["adapter.rank=3"], "a key of adapter, for method lora, must be known, got 'rank'"),
     (["adapter.r=0"], "adapter: r must be between 1 and 4096"),
     (["adapter.r=4000"], "the rank of .* must be at most 32"),
@@ -140,6 +160,12 @@ def test_other_files_in_the_output_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="output must be new or empty"):
         made(tmp_path)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_log_of_an_error_before_the_start_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fastlora-error.log").write_text("Traceback")
+    assert not made(tmp_path).resumes
 
 
 @pytest.mark.parametrize(

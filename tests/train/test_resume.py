@@ -20,9 +20,10 @@ pytest.importorskip("peft")
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastlora.train import checkpoints, directory
+from fastlora.train import checkpoints, directory, memory
+from fastlora.train.arguments import resolve
 from fastlora.train.callbacks import Clock
-from fastlora.train.config import read_config
+from fastlora.train.config import parse_yaml, read_config
 from fastlora.train.refusal import Refusal
 from fastlora.train.run import Interrupted, Run
 from tests.train import world
@@ -117,6 +118,7 @@ def test_a_run_killed_after_its_last_step_only_ends(
     check_equal(first, output)
     found = [json.loads((p / "metrics.json").read_text()) for p in (first, output)]
     assert [run["steps"] for run in found] == [5, 5]
+    assert found[0]["seconds"] > found[1]["seconds"] > 0  # without what came after the checkpoint
     assert found[0]["best_step"] == found[1]["best_step"]
 
 
@@ -135,6 +137,53 @@ def test_an_optimizer_of_bitsandbytes_resumes(tmp_path: Path, name: str) -> None
     assert any("state1" in key for key in load_file(kept))
 
 
+def test_a_resumed_run_counts_all_its_seconds(tmp_path: Path) -> None:
+    file, output = whole(tmp_path)
+    first = json.loads((output / "metrics.json").read_text())["seconds"]
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-6")
+    place = output / "checkpoints" / "checkpoint-4"
+    files = checkpoints.read(place)
+    checkpoints.write(place.parent, 4, {**files, "seconds.json": b"1000.0"})
+    Run(read_config(file), QUIET).train()
+    again = json.loads((output / "metrics.json").read_text())["seconds"]
+    assert first < 1000 < again < 1000 + 60
+
+
+def test_a_run_whose_data_changed_does_not_go_on(tmp_path: Path) -> None:
+    file, output = whole(tmp_path)
+    (output / "metrics.json").unlink()
+    data = tmp_path / "test.jsonl"
+    before = data.read_text()
+    data.write_text(before.replace("good", "bad"))
+    with pytest.raises(Refusal, match=r"the data must be what .* but test changed; put"):
+        Run(read_config(file), QUIET)
+    data.write_text(before + "\n")  # the same rows
+    Run(read_config(file), QUIET)
+
+
+def test_a_resumed_run_keeps_the_batch_size_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = whole(tmp_path, train={"per_device_train_batch_size": "auto"})
+    (output / "metrics.json").unlink()
+    monkeypatch.setattr(memory, "fitting_batch_size", lambda *_: 2)
+    assert Run(read_config(file), QUIET).arguments.per_device_train_batch_size == 16
+
+
+def test_the_written_file_is_resolved_and_is_the_run_s_too(tmp_path: Path) -> None:
+    unset = ["train={max_steps: 2}", "method=loha"]
+    config = read_config(world.write_run(tmp_path, "classification", "lora"), unset)
+    output = Run(config, QUIET).train()
+    written = parse_yaml((output / "run.yaml").read_text(), "run.yaml")["train"]
+    assert written["learning_rate"] == 5e-4 and written["lr_scheduler_type"] == "linear"
+    assert written["weight_decay"] == 0.01 and written["seed"] == 0
+    assert written["per_device_train_batch_size"] == 8 and "num_train_epochs" not in written
+    (output / "metrics.json").unlink()
+    assert Run(config, QUIET).resumes
+    assert Run(read_config(output / "run.yaml"), QUIET).resumes
+
+
 KILLER = """
 import os, signal, sys, threading, time
 from fastlora.train import checkpoints
@@ -148,7 +197,7 @@ def counted(path, data, real=checkpoints.write_file):
     real(path, data)
 checkpoints.write_file = counted
 from rich.console import Console
-from fastlora.train.config import read_config
+from fastlora.train.config import parse_yaml, read_config
 from fastlora.train.run import Run
 from pathlib import Path
 run = Run(read_config(Path(sys.argv[1]), sys.argv[4:]), Console(quiet=True))
@@ -255,5 +304,8 @@ def test_an_unfinished_run_of_another_config_is_left_alone(tmp_path: Path) -> No
     (output / "metrics.json").unlink()
     with pytest.raises(Refusal, match="unfinished run that differs in train"):
         Run(read_config(file, ["train.learning_rate=1e-4"]), QUIET)
-    with directory.claimed(read_config(file)), pytest.raises(Refusal, match="another run writes"):
+    with (
+        directory.claimed(resolve(read_config(file))),
+        pytest.raises(Refusal, match="another run writes"),
+    ):
         Run(read_config(file), QUIET).train()

@@ -28,6 +28,8 @@ class Strategy(ABC):
         mergeable: whether the result can be folded into plain weights.
         tasks: PEFT's names of the tasks that it can do; None: every one.
         vision: whether it can do images.
+        packs: whether one row may hold several examples, kept apart by their positions.
+        recomputes: whether activations may be computed again in the backward pass.
         virtual_tokens: how many of the model's places it takes before those of the input.
     """
 
@@ -37,6 +39,8 @@ class Strategy(ABC):
     mergeable: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...] | None] = None
     vision: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    recomputes: ClassVar[bool] = True
     virtual_tokens: int = 0
 
     def __init__(self, adapter: Mapping[str, Any]) -> None:

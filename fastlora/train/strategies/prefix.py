@@ -14,6 +14,7 @@ class Prefix(PromptLearning):
     learning_rate = 1e-2
     config_class = PrefixTuningConfig
     tasks = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
+    recomputes = False  # gradients would not reach the prefix
 
 
 STRATEGY = Prefix

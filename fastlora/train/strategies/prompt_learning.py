@@ -39,6 +39,7 @@ class PromptLearning(Strategy):
 
     config_class: ClassVar[Any]
     vision = False
+    packs = False
 
     def __init__(self, adapter: Mapping[str, Any]) -> None:
         super().__init__(adapter)
