@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastlora_kernels.formats import StoredWeight
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastlora.checks import wide_dtype
@@ -97,11 +98,27 @@ def as_multiplied(x: Tensor, weight: StoredWeight) -> tuple[Tensor, StoredWeight
     return (x if x.dtype == dtype else x.to(dtype)), weight
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Return whether no subclass, mode or transform has to see an op on these tensors."""
+def is_transformed() -> bool:
+    """Return whether torch.func, forward-mode AD or torch.jit.trace is at work."""
     return (
-        not torch.compiler.is_compiling()
-        and _KINDS.issuperset(map(type, tensors))
-        and _get_current_dispatch_mode() is None
-        and not torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether no subclass, mode or compiler has to see an op on these tensors.
+
+    Raises:
+        NotImplementedError: torch.func, forward-mode AD or torch.jit.trace is at work.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if is_transformed():
+        raise NotImplementedError(
+            "fastlora's operations must run outside of torch.func's transforms, forward-mode AD and"
+            " torch.jit.trace, which see no kernel, but one of these is at work; take gradients"
+            " with torch.autograd, or unpatch the model first"
+        )
+    return _KINDS.issuperset(map(type, tensors)) and _get_current_dispatch_mode() is None

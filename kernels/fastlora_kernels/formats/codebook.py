@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,25 @@ class Codebook:
         return tuple(sorted(range(16), key=self.code.__getitem__))
 
 
-@cache
+def kept_table(build: Callable[P, T]) -> Callable[P, T]:
+    """Return `build` made to build each table once, as plain tensors.
+
+    A transform or a mode that is at work when a table is first needed must not get hold of it.
+    """
+
+    @wraps(build)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        with (
+            torch._C._DisableFuncTorch(),
+            _disable_current_modes(),
+            torch.inference_mode(False),
+        ):
+            return build(*args, **kwargs)
+
+    return cast(Callable[P, T], cache(plain))
+
+
+@kept_table
 def code_table(book: Codebook, device: torch.device) -> Tensor:
     """The values of a format.
 
@@ -41,7 +65,7 @@ def code_table(book: Codebook, device: torch.device) -> Tensor:
     return torch.tensor(book.code, dtype=torch.float32, device=device)
 
 
-@cache
+@kept_table
 def pair_table(book: Codebook, device: torch.device) -> Tensor:
     """The two values of each packed byte, high nibble first.
 
@@ -56,7 +80,7 @@ def pair_table(book: Codebook, device: torch.device) -> Tensor:
     return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
 
-@cache
+@kept_table
 def rounding_tables(book: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
     """How a scaled value becomes a nibble: ``order[number of thresholds below the value]``.
 

@@ -10,10 +10,11 @@ Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021
 from __future__ import annotations
 
 import struct
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from fastlora_kernels.formats.codebook import kept_table
 
 NESTED_BLOCKSIZE = 256
 _POINTS = 65536
@@ -51,7 +52,7 @@ def _dynamic_map() -> tuple[float, ...]:
 NESTED_CODE: tuple[float, ...] = _dynamic_map()
 
 
-@cache
+@kept_table
 def nested_table(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit dynamic data type.
 
@@ -64,7 +65,7 @@ def nested_table(device: torch.device) -> Tensor:
     return torch.tensor(NESTED_CODE, dtype=torch.float32, device=device)
 
 
-@cache
+@kept_table
 def _nearest(device: torch.device) -> Tensor:
     """The code nearest to each of 65536 evenly spaced points from -1 to 1: (65536,) uint8."""
     points = torch.arange(_POINTS, dtype=torch.float32, device=device) * (2 / (_POINTS - 1)) - 1
