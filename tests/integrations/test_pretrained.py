@@ -455,3 +455,19 @@ def test_trainer_takes_what_has_something_to_train(
         model.requires_grad_(False)
         model.lm_head.requires_grad_(True)
     assert trainer(model, tmp_path).train().training_loss > 0
+
+
+def test_what_peft_trains_on_it_is_merged_here(checkpoint: Path, tmp_path: Path) -> None:
+    def base() -> Any:
+        return fastlora.from_pretrained(checkpoint, dtype=torch.float32)
+
+    theirs = offline.peft_model(base())
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ours = fastlora.load_adapter(base(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    assert not torch.allclose(logits(base()), logits(ours))
+    torch.testing.assert_close(logits(fastlora.merge(ours)), logits(theirs), rtol=1e-4, atol=1e-4)
