@@ -8,8 +8,9 @@ subclass of what it was, with another `forward`, so that everything else about i
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -27,6 +28,9 @@ PLUGINS = {
     "bitsandbytes": "fastlora.integrations.bnb_layers",
 }
 STATE = "fastlora_state"
+HOOKS = "parts of it have hooks or a forward of their own"
+META = "its weight is on the meta device: offloaded, or not loaded yet"
+LATER = "added after patch_model; call unpatch and patch_model again"
 
 
 @dataclass
@@ -50,16 +54,12 @@ class InPlace:
     """What was done to a model, kept on it as `model._fastlora`.
 
     Attributes:
-        names: the accelerated layers.
-        skipped: layers of the same libraries that were left as they are, with the reason.
-        notes: what the report says of a layer, by name.
+        notes: what was done to a layer beyond its class, by name.
         backend: "auto" or the name of a backend.
         nbytes: bytes of the model's tensors before.
         compute: how products with 4-bit weights are computed.
     """
 
-    names: list[str]
-    skipped: dict[str, str]
     notes: dict[str, str]
     backend: str
     nbytes: int
@@ -83,6 +83,14 @@ class Accelerated(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return the report's columns of this layer: method, r, scaling, format, shape, bytes."""
         raise NotImplementedError
+
+    def left(self) -> str | None:
+        """Return that its library computes a training batch itself, and why; None: kernels do."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """Return what else the report says of this layer."""
+        return []
 
     def hidden(self) -> int:
         """Return how many values a packed weight of this layer holds beyond its bytes."""
@@ -112,10 +120,7 @@ def plan(model: nn.Module, backend: str, compute: str) -> tuple[dict[str, Swap],
     swaps: dict[str, Swap] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        library = type(module).__module__.partition(".")[0]
-        if library not in PLUGINS:
-            continue
-        found = importlib.import_module(PLUGINS[library]).plan(name, module, backend, compute)
+        found = _plan(name, module, backend, compute)
         if isinstance(found, Swap):
             swaps[name] = found
         elif found is not None:
@@ -123,7 +128,46 @@ def plan(model: nn.Module, backend: str, compute: str) -> tuple[dict[str, Swap],
     return swaps, skipped
 
 
-def refusal(module: nn.Module, problem: Problem, backend: str) -> str | None:
+def _plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str | None:
+    if isinstance(module, Accelerated):  # without a record: taken out of a patched model
+        if compute != "auto" and module.packed() is not None:
+            pick(replace(module.problem(), compute=compute), backend)
+        return Swap(type(module), "")
+    library = type(module).__module__.partition(".")[0]
+    if library not in PLUGINS:
+        return None
+    plugin = importlib.import_module(PLUGINS[library])
+    found: Swap | str | None = plugin.plan(name, module, backend, compute)
+    return found
+
+
+def left_out(model: nn.Module, record: InPlace) -> dict[str, str]:
+    """Return the layers of these libraries that are not accelerated now, with the reason."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Accelerated):
+            continue
+        try:
+            plan = _plan(name, module, record.backend, record.compute)
+        except (ValueError, NotImplementedError) as error:
+            plan = str(error)
+        if plan is not None:
+            found[name] = plan if isinstance(plan, str) else LATER
+    return found
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether calling a module does more than its class says, so that it must be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def refusal(problem: Problem, backend: str) -> str | None:
     """Return why no backend runs a layer, or None."""
     try:
         pick(problem, backend)
@@ -171,13 +215,29 @@ def accelerate(model: nn.Module, backend: str, nbytes: int, compute: str = "auto
         prepare = getattr(module, "prepare", None)
         if prepare is not None:
             prepare()
+    for plugin in PLUGINS.values():
+        guard = getattr(sys.modules.get(plugin), "guard", None)
+        if guard is not None:
+            guard(model)
     notes = {name: swap.notes for name, swap in swaps.items() if swap.notes}
-    return InPlace(list(swaps), skipped, notes, backend, nbytes, compute)
+    return InPlace(notes, backend, nbytes, compute)
+
+
+def found_record(model: nn.Module, nbytes: int) -> InPlace | None:
+    """Return a record of accelerated layers that have none: parts of a model that was patched."""
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            state = module.fastlora_state
+            return InPlace({}, state.backend, nbytes, state.compute)
+    return None
 
 
 def restore(model: nn.Module) -> None:
-    """Give every accelerated layer the class that it had."""
+    """Give every accelerated layer the class that it had, and take the guards' hooks away."""
     for module in list(model.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__module__", None) in PLUGINS.values():
+                del module._forward_pre_hooks[key]
         if isinstance(module, Accelerated):
             plain = module.plain
             delattr(module, STATE)

@@ -15,7 +15,7 @@ from fastlora.config import as_config
 from fastlora.dispatch import check_backend, check_compute
 from fastlora.experts import AdapterExperts, to_experts, to_plain_experts
 from fastlora.fuse import unfuse
-from fastlora.in_place import InPlace, accelerate, restore
+from fastlora.in_place import InPlace, accelerate, found_record, restore
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
 from fastlora.other_layers import OtherLayer, can_adapt, to_other_layer, to_plain
 from fastlora.plan import Plan, check_packed, make_plan
@@ -215,7 +215,9 @@ def any_record(model: nn.Module) -> Record | InPlace:
     Raises:
         ValueError: the model is not patched.
     """
-    record = find_record(model) if isinstance(model, nn.Module) else None
+    record = None
+    if isinstance(model, nn.Module):
+        record = find_record(model) or found_record(model, tensor_bytes(model))
     if record is None:
         raise ValueError("the model must be patched, but it is not; call patch_model first")
     return record
@@ -277,10 +279,13 @@ def _leave_fast_paths(model: nn.Module, record: Record) -> None:
             (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
             (nn.TransformerEncoder, "use_nested_tensor", False),
         ):
-            inner = any(isinstance(part, AdapterLinear) for part in module.modules())
-            if isinstance(module, kind) and inner:
+            if isinstance(module, kind) and _has_adapters(module):
                 record.attributes.append((name, attribute, getattr(module, attribute)))
                 setattr(module, attribute, value)
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any(isinstance(part, AdapterLinear) for part in module.modules())
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -303,7 +308,8 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     record = any_record(model)
     if isinstance(record, InPlace):
         restore(model)
-        delattr(model, RECORD)
+        if hasattr(model, RECORD):
+            delattr(model, RECORD)
         return model
     if record.plan.packed and not dequantize:
         raise ValueError(

@@ -13,7 +13,7 @@ from fastlora.adapters import METHODS, magnitude
 from fastlora.dispatch import Problem, pick
 from fastlora.experts import AdapterExperts, hidden_values
 from fastlora.fuse import partners
-from fastlora.in_place import Accelerated, InPlace
+from fastlora.in_place import Accelerated, InPlace, left_out
 from fastlora.layers import AdapterLinear, QuantizedLinear
 from fastlora.other_layers import OtherLayer
 from fastlora.patch import Record, any_record, tensor_bytes
@@ -51,7 +51,8 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         A `Report`: `modules`, a list of dicts with the keys module, method, r, scaling, format,
-        backend (the one that runs a training batch of 512 tokens), shape (N, K), or (E, N, K) of
+        backend (the one that runs a training batch of 512 tokens; "none": another library does),
+        shape (N, K), or (E, N, K) of
         an expert parameter, bytes, fp8_error and notes; `skipped`, name -> reason; `totals`, with
         trainable_params, all_params (4-bit weights counted by value, not by byte), bytes_before,
         bytes_after and the largest fp8_error.
@@ -121,18 +122,19 @@ def _in_place(model: nn.Module, record: InPlace) -> Report:
     ]
     hidden = sum(module.hidden() for module in found.values())
     totals = _totals(model, hidden, record.nbytes, rows)
-    return Report(modules=rows, skipped=dict(record.skipped), totals=totals)
+    return Report(modules=rows, skipped=left_out(model, record), totals=totals)
 
 
 def _accelerated(name: str, module: Accelerated, record: InPlace) -> dict[str, Any]:
     """Return the row of a layer that is another library's."""
     columns, problem = module.describe(), module.problem()
     error, note = _fp8(module.packed(), columns["shape"], problem.dtype, record.compute)
-    notes = (record.notes.get(name, ""), note)
+    left = module.left()
+    notes = (record.notes.get(name, ""), left, *module.remarks(), note)
     return {
         "module": name,
         **columns,
-        "backend": _picked(problem, module.fastlora_state.backend),
+        "backend": _picked(problem, module.fastlora_state.backend) if left is None else "none",
         "fp8_error": error,
         "notes": "; ".join(filter(None, notes)),
     }

@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 from fastlora_kernels.formats import BLOCKSIZES, FORMATS, StoredWeight
 from torch import Tensor, nn
 
 from fastlora import ops
 from fastlora.dispatch import Problem, pick
-from fastlora.in_place import Accelerated, Swap, one_device, refusal
+from fastlora.in_place import META, Accelerated, Swap, one_device, refusal
 from fastlora.integrations.versions import check_version
-from fastlora.ops.library import activation_dtype
+from fastlora.ops.library import activation_dtype, is_transformed
 from fastlora.quant import QuantizedWeight
 
 BATCH = 512
@@ -71,6 +71,8 @@ def bias_of(module: Any, x: Tensor) -> Tensor | None:
 
 def computes(module: Any, x: Tensor) -> bool:
     """Return whether kernels take x as this layer would compute it."""
+    if is_transformed():
+        return False
     wanted = module.compute_dtype if module.compute_type_is_set else x.dtype
     return quant_state(module) is not None and (wanted or x.dtype) in FLOATS
 
@@ -94,10 +96,21 @@ class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias``; x is (..., K)."""
         if not computes(self, x):
+            if is_transformed() and quant_state(self) is not None:
+                return self._by_torch(x)
             other: Tensor = super().forward(x)
             return other
         rows, backend = input_of(self, x), self.fastlora_state.backend
         return ops.linear(rows, stored(self), bias_of(self, rows), None, backend).to(x.dtype)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """Return the same by torch's operations, which its transforms see, on a dense weight."""
+        rows = input_of(self, x)
+        with torch._C._DisableFuncTorch(), torch.no_grad():
+            weight = dequantize_4bit(self.weight.data, quant_state(self))
+        bias = bias_of(self, rows)
+        bias = None if bias is None else bias.to(rows.dtype)
+        return nn.functional.linear(rows, weight.to(rows.dtype), bias).to(x.dtype)
 
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
@@ -154,10 +167,12 @@ def why_not(name: str, module: Any, backend: str, compute: str) -> str | None:
         return f"stored as {state.quant_type} in blocks of {state.blocksize}"
     if len(state.shape) != 2:
         return f"a weight of {len(state.shape)} dimensions"
+    if module.weight.is_meta:
+        return META
     one_device(name, [module.weight, state.absmax, *_biases(module)])
     if compute != "auto":
         pick(problem(module, 0, None, compute), backend)
-    return refusal(module, problem(module, 0, None), backend)
+    return refusal(problem(module, 0, None), backend)
 
 
 def _biases(module: Any) -> list[Tensor]:

@@ -2,18 +2,21 @@
 
 A layer reads its parameters and switches (active adapters, `disable_adapters`, merged or not) at
 each call, so everything that PEFT does to them goes on working. A call that fastlora has no fused
-form of is PEFT's own: several adapters with dropout or DoRA, dropout of LoHa's and LoKr's rows.
+form of is PEFT's own: several adapters with dropout or DoRA, dropout of LoHa's and LoKr's rows,
+hooks on a layer's parts, transforms of torch.func. What decides it gives the report its reason.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
-from peft.tuners import loha, lokr, lora
+from peft import PeftModel
+from peft.tuners import PrefixEncoder, loha, lokr, lora
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -21,12 +24,16 @@ from torch import Tensor, nn
 from fastlora import ops
 from fastlora.adapters import METHODS, AdapterSpec, Base, magnitude
 from fastlora.dispatch import Problem
-from fastlora.in_place import Accelerated, Swap, one_device, refusal
+from fastlora.in_place import HOOKS, META, Accelerated, Swap, is_watched, one_device, refusal
 from fastlora.integrations import bnb_layers
 from fastlora.integrations.versions import check_version
-from fastlora.ops.library import activation_dtype, autocasts
+from fastlora.ops.library import activation_dtype, autocasts, is_transformed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PREFIX = (
+    "prefix tuning is PEFT's own, and can't train with gradient checkpointing, for which"
+    " transformers leaves out the cache that holds the prefix"
+)
 DROPOUT = "its dropout masks come from a seed, not from nn.Dropout"
 
 
@@ -50,16 +57,29 @@ class Operand:
         return y if self.dtype is None else y.to(self.dtype)
 
 
+def base_reason(layer: Any) -> str | None:
+    """Return why PEFT computes a layer itself, whatever its adapters and its input, or None."""
+    linear = layer.base_layer
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    if is_watched(linear):
+        return HOOKS
+    if type(linear) is not nn.Linear:
+        usual = isinstance(linear, bnb_layers.Linear4bit)
+        return None if usual else "its base is not accelerated"
+    return "its base is trained" if linear.weight.requires_grad else None
+
+
 def takes(layer: Any, x: Tensor) -> bool:
     """Return whether a call may be fused at all: adapters on, a frozen base, a known dtype."""
+    if base_reason(layer) is not None or not isinstance(x, Tensor):
+        return False
     linear = layer.base_layer
-    if layer.disable_adapters or layer.merged or not isinstance(x, Tensor):
-        return False
     if type(linear) is nn.Linear:
-        usual = activation_dtype(x) in FLOATS and not linear.weight.requires_grad
+        usual = activation_dtype(x) in FLOATS and not is_transformed()
         return usual and (linear.weight.dtype == x.dtype or autocasts(x))
-    if not isinstance(linear, Accelerated):
-        return False
     return bnb_layers.computes(linear, x)
 
 
@@ -78,7 +98,8 @@ class _Lora(Accelerated):
         if owners is not None:
             return self._mixed(x, owners, args, kwargs)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if not (plain_call(args, kwargs) and names and takes(layer, x) and _fusible(layer, names)):
+        fused = plain_call(args, kwargs) and takes(layer, x) and _reason(layer, names) is None
+        if not fused:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         at = Operand(layer, x)
@@ -94,8 +115,8 @@ class _Lora(Accelerated):
         """Return the output of a batch in which each sample names its adapter."""
         layer = cast(Any, self)
         names = [name for name in dict.fromkeys(owners) if name in layer.lora_A]
-        fused = names and plain_call(args, kwargs) and not self.training and takes(layer, x)
-        if not fused or any(n in layer.lora_variant for n in names) or not _fusible(layer, names):
+        fused = plain_call(args, kwargs) and not self.training and takes(layer, x)
+        if not fused or any(n in layer.lora_variant for n in names) or _reason(layer, names):
             result: Tensor = super().forward(x, *args, adapter_names=owners, **kwargs)
             return result
         layer._check_forward_args(x, adapter_names=owners)
@@ -107,43 +128,79 @@ class _Lora(Accelerated):
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
         layer = cast(Any, self)
-        a = next(iter(layer.lora_A.values())).weight
-        compute = self.fastlora_state.compute
-        return bnb_layers.problem(layer.base_layer, a.shape[0], a.dtype, compute)
+        base, compute = layer.base_layer, self.fastlora_state.compute
+        for part in layer.lora_A.values():
+            return bnb_layers.problem(base, part.weight.shape[0], part.weight.dtype, compute)
+        return bnb_layers.problem(base, 0, None, compute)
 
     def describe(self) -> dict[str, Any]:
         """Return the report's columns; of several adapters, those of the active ones."""
         layer = cast(Any, self)
         names = [n for n in layer.active_adapters if n in layer.lora_A] or list(layer.lora_A)
-        dora = any(name in layer.lora_variant for name in names)
-        return _columns(layer, "dora" if dora else "lora", names)
+        kinds = sorted({_kind(layer, name) for name in names})
+        return _columns(layer, " + ".join(kinds) or None, names)
+
+    def left(self) -> str | None:
+        """Return that PEFT computes a training batch, and why."""
+        layer = cast(Any, self)
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        return _left(base_reason(layer) or _reason(layer, names, training=True))
+
+    def remarks(self) -> list[str]:
+        """Return that dropout has other masks than PEFT's."""
+        drops = any(_dropout(self, name, True) for name in cast(Any, self).lora_A)
+        return [DROPOUT] if drops and self.left() is None else []
 
 
-def _fusible(layer: Any, names: list[str]) -> bool:
-    """Return whether the active adapters have a fused form together."""
+def _left(reason: str | None) -> str | None:
+    return None if reason is None else f"left to PEFT: {reason}"
+
+
+def _reason(layer: Any, names: list[str], training: bool = False) -> str | None:
+    """Return why PEFT computes these LoRA adapters itself, or None.
+
+    Args:
+        layer: the layer.
+        names: its active adapters.
+        training: whether dropout counts in inference too.
+    """
+    if not names:
+        return "no active adapter"
+    several = len(names) > 1
     for name in names:
-        a, b = layer.lora_A[name], layer.lora_B[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
-            return False
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return "its adapter is not made of nn.Linear"
+        if b.bias is not None:
+            return "lora_bias"
         if a.weight.dtype not in FLOATS:
-            return False
-        variant = layer.lora_variant.get(name)
-        if variant is not None and (len(names) > 1 or not _is_dora(variant)):
-            return False
-        if len(names) > 1 and _dropout(layer, name) > 0:
-            return False
-        if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-            return False
-    return True
+            return f"its adapter is in {a.weight.dtype}"
+        if name in layer.lora_variant and (several or _kind(layer, name) != "dora"):
+            return f"{'several active adapters with ' if several else ''}{_kind(layer, name)}"
+        if several and _dropout(layer, name, training):
+            return "several active adapters with dropout"
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            return f"its dropout is a {type(dropout).__name__}"
+        if is_watched(a) or is_watched(b) or is_watched(dropout):
+            return HOOKS
+        if name in layer.lora_variant and is_watched(layer.lora_magnitude_vector[name]):
+            return HOOKS
+    return None
 
 
-def _is_dora(variant: Any) -> bool:
-    return getattr(variant, "__name__", type(variant).__name__) == "DoraLinearVariant"
+def _kind(layer: Any, name: str) -> str:
+    """Return what an adapter is called: lora, dora, or what PEFT's variant of LoRA is."""
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return "lora"
+    cls = getattr(variant, "__name__", type(variant).__name__)
+    return str(cls).removesuffix("LinearVariant").lower()
 
 
-def _dropout(layer: Any, name: str) -> float:
+def _dropout(layer: Any, name: str, training: bool = False) -> float:
     module = layer.lora_dropout[name]
-    return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
+    drops = isinstance(module, nn.Dropout) and (training or module.training)
+    return float(module.p) if drops else 0.0
 
 
 def _single(layer: Any, name: str, at: Operand) -> Tensor:
@@ -190,46 +247,55 @@ class _Product(Accelerated):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the active adapter's update; x is (..., K)."""
         layer = cast(Any, self)
-        names = [name for name in layer.active_adapters if name in layer._available_adapters]
-        params = self._params(names[0]) if len(names) == 1 else None
-        if params is None or not (plain_call(args, kwargs) and takes(layer, x)):
+        name, params, reason = self._active(self.training)
+        if reason is not None or not (plain_call(args, kwargs) and takes(layer, x)):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         at = Operand(layer, x)
-        name, method = names[0], METHODS[self.method]
+        method = METHODS[self.method]
         params = {key: _as(value, at.x) for key, value in params.items()}
         scaling, r = float(layer.scaling[name]), int(layer.r[name])
         spec = AdapterSpec(self.method, r, scaling * r, scaling, {})
         y = method.call(at.x, at.base, params, spec, layer.training).run(at.base)
         return y.to(x.dtype)
 
-    def _params(self, name: str) -> dict[str, Tensor] | None:
-        """Return the parameters of one adapter by our names; None: not of the usual form."""
+    def _active(self, training: bool) -> tuple[str, dict[str, Tensor], str | None]:
+        """Return the active adapter, its parameters by our names, and why it is left to PEFT."""
         layer = cast(Any, self)
-        if layer.training and (layer.rank_dropout[name] or layer.module_dropout[name]):
-            return None
+        names = [name for name in layer.active_adapters if name in layer._available_adapters]
+        if len(names) != 1:
+            return "", {}, "several active adapters" if names else "no active adapter"
+        name = names[0]
+        for field in ("rank_dropout", "module_dropout") if training else ():
+            if getattr(layer, field)[name]:
+                return name, {}, f"{field} in training"
         known, found = METHODS[self.method].file_keys, {}
         for key in layer.adapter_layer_names:
             values = getattr(layer, key)
             if name not in values:
                 continue
             if key not in known or values[name].dim() != 2:
-                return None
+                return name, {}, f"a parameter {key} of another form"
             found[key] = values[name]
-        return found
+        return name, found, None
+
+    def left(self) -> str | None:
+        """Return that PEFT computes a training batch, and why."""
+        return _left(base_reason(self) or self._active(True)[2])
 
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
         layer = cast(Any, self)
-        rank, compute = max(layer.r.values()) ** 2, self.fastlora_state.compute
-        return bnb_layers.problem(layer.base_layer, rank, torch.float32, compute)
+        rank, compute = max(layer.r.values(), default=0) ** 2, self.fastlora_state.compute
+        dtype = torch.float32 if rank else None
+        return bnb_layers.problem(layer.base_layer, rank, dtype, compute)
 
     def describe(self) -> dict[str, Any]:
         """Return the report's columns; of several adapters, those of the active ones."""
         layer = cast(Any, self)
         available = layer._available_adapters
         names = [n for n in layer.active_adapters if n in available] or sorted(available)
-        return _columns(layer, self.method, names)
+        return _columns(layer, self.method if names else None, names)
 
 
 class LoraLinear(_Lora, lora.Linear):  # type: ignore[misc]
@@ -268,12 +334,12 @@ SWAPS: dict[type[nn.Module], type[Accelerated]] = {
 }
 
 
-def _columns(layer: Any, method: str, names: list[str]) -> dict[str, Any]:
+def _columns(layer: Any, method: str | None, names: list[str]) -> dict[str, Any]:
     base = bnb_layers.weight_columns(layer.base_layer)
     own = sum(p.nbytes for n, p in layer.named_parameters() if not n.startswith("base_layer."))
     return {
         "method": method,
-        "r": sum(layer.r[name] for name in names),
+        "r": sum(layer.r[name] for name in names) or None,
         "scaling": float(layer.scaling[names[0]]) if len(names) == 1 else None,
         **base,
         "bytes": base["bytes"] + own,
@@ -282,9 +348,14 @@ def _columns(layer: Any, method: str, names: list[str]) -> dict[str, Any]:
 
 def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str | None:
     """Return what becomes of a layer of PEFT, or why nothing does; None: it is no such layer."""
+    if isinstance(module, PrefixEncoder):
+        return PREFIX
     if not isinstance(module, BaseTunerLayer):
         return None
     check_version("peft")
+    check_version("transformers")
+    if "trl" in sys.modules:
+        check_version("trl")
     layer = cast(Any, module)
     kind = f"{type(module).__module__.split('.')[2]}.{type(module).__name__}"
     if type(module) not in SWAPS:
@@ -295,34 +366,44 @@ def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str
     if reason is not None:
         return reason
     one_device(name, list(module.parameters()))
-    return Swap(SWAPS[type(module)], _notes(layer))
+    return Swap(SWAPS[type(module)], "")
+
+
+def guard(model: nn.Module) -> None:
+    """Let prefix tuning say why it can't train with gradient checkpointing."""
+    for module in model.modules():
+        prompts = getattr(module, "prompt_encoder", None) if isinstance(module, PeftModel) else None
+        if prompts is not None and any(isinstance(m, PrefixEncoder) for m in prompts.values()):
+            module.register_forward_pre_hook(refuse_checkpointing)
+
+
+def refuse_checkpointing(model: Any, inputs: tuple[Any, ...]) -> None:
+    """Raise where a model with an active prefix is to train with gradient checkpointing.
+
+    Raises:
+        ValueError: it is.
+    """
+    prefix = isinstance(model.prompt_encoder[model.active_adapter], PrefixEncoder)
+    if not (prefix and model.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "prefix tuning must train without gradient checkpointing, for which transformers"
+            " leaves out the cache that holds the prefix, but it is on; call"
+            " model.gradient_checkpointing_disable()"
+        )
 
 
 def _base_reason(name: str, linear: nn.Module, backend: str, compute: str) -> str | None:
-    if isinstance(linear, Accelerated):
+    if isinstance(linear, bnb_layers.Linear4bit):
         return None
     if type(linear) is nn.Linear:
+        if linear.weight.is_meta:
+            return META
         if linear.weight.dtype not in FLOATS:
             return f"a base in {linear.weight.dtype} is left to PEFT"
-        return refusal(linear, bnb_layers.problem(linear, 16, torch.float32), backend)
+        return refusal(bnb_layers.problem(linear, 16, torch.float32), backend)
     if type(linear).__module__.startswith("bitsandbytes."):
         found = bnb_layers.plan(f"{name}.base_layer", linear, backend, compute)
         return found if isinstance(found, str) else None
     return f"a base of {type(linear).__name__} is left to PEFT"
-
-
-def _notes(layer: Any) -> str:
-    notes = []
-    drops = [m for m in getattr(layer, "lora_dropout", {}).values() if isinstance(m, nn.Dropout)]
-    if drops:
-        notes.append(DROPOUT)
-    for field in ("rank_dropout", "module_dropout"):
-        if any(getattr(layer, field, {}).values()):
-            notes.append(f"in training PEFT's own, for its {field}")
-    variants = {
-        type(v).__name__ if not isinstance(v, type) else v.__name__
-        for v in getattr(layer, "lora_variant", {}).values()
-        if not _is_dora(v)
-    }
-    notes += [f"{variant} is PEFT's own" for variant in sorted(variants)]
-    return "; ".join(notes)
