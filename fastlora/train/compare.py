@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -18,8 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora.train import charts, directory, page
-from fastlora.train.config import RunConfig
+from fastlora.train.arguments import resolve
+from fastlora.train.children import Children
+from fastlora.train.config import RunConfig, as_config
 from fastlora.train.refusal import Refusal
+from fastlora.train.run import Interrupted
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
 
@@ -42,7 +42,7 @@ class Line:
         peak: bytes of memory.
         seconds: in steps.
         seeds: how many runs.
-        refused: why it could not run; "" where it could.
+        refused: why it could not run or be scored; "" where it could.
     """
 
     method: str
@@ -73,52 +73,99 @@ def compare(
         console: where the table goes.
 
     Raises:
-        Refusal: a method is unknown, or no method could run.
+        Refusal: a method is unknown, a finished run is of another config, or no method could run.
+        Interrupted: a signal came.
     """
-    for method in methods:
-        strategy(method)
-    kind = task(config.task)
-    output = config.output
+    kind, output = task(config.task), config.output
+    wanted = {
+        method: [config_of(config, method, seed, output / f"{method}-{seed}") for seed in seeds]
+        for method in methods
+    }
     if output.exists() and not output.is_dir():
         raise Refusal(f"output must be a directory, but {output} is a file; choose another")
-    output.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for method in methods:
-        with console.status(f"{method}: {len(seeds)} seeds"):
-            line = _line(config, method, seeds, kind.metric, output)
-        lines.append(line)
-        result = line.refused or f"{kind.metric} {line.score:.4f}"
-        console.print(f"{method}: {result}", highlight=False, soft_wrap=True, markup=False)
-    done = [line for line in lines if not line.refused]
-    if not done:
-        raise Refusal(
-            f"at least one method must run, but none did; {lines[0].method}: {lines[0].refused}"
-        )
-    advice = recommend(done, kind.greater, kind.metric)
-    _show(lines, kind.metric, advice, console)
-    rows = {"metric": kind.metric, "greater": kind.greater, "recommended": advice}
-    content = {**rows, "methods": [asdict(line) for line in lines]}
-    directory.write_json(output / "comparison.json", content)
-    directory.write_whole(output / "comparison.html", _page(lines, kind.metric, advice, config))
+    with directory.locked(output):
+        for runs in wanted.values():
+            _check_finished(runs)
+        lines = _lines(wanted, kind.metric, console)
+        done = [line for line in lines if not line.refused]
+        if not done:
+            first = lines[0]
+            raise Refusal(
+                f"at least one method must run, but none did; {first.method}: {first.refused}"
+            )
+        advice = recommend(done, kind.greater, kind.metric)
+        _show(lines, kind.metric, advice, console)
+        rows = {"metric": kind.metric, "greater": kind.greater, "recommended": advice}
+        content = {**rows, "methods": [asdict(line) for line in lines]}
+        directory.write_json(output / "comparison.json", content)
+        directory.write_whole(output / "comparison.html", _page(lines, kind.metric, advice, config))
     return lines
 
 
-def _line(config: RunConfig, method: str, seeds: Sequence[int], metric: str, output: Path) -> Line:
+def config_of(config: RunConfig, method: str, seed: int, place: Path) -> RunConfig:
+    """Return the config of one run of a comparison, with its defaults written out.
+
+    Raises:
+        Refusal: the method is unknown, or the section `train` is wrong.
+    """
+    content = config.as_dict()
+    train = {**content.get("train", {}), "seed": seed}
+    if method != config.method:
+        content.pop("adapter", None)
+        train = {key: value for key, value in train.items() if key not in SETTINGS}
+    if not strategy(method).freezes:
+        content.pop("quantize", None)
+    content.update(method=method, output=str(place), train=train)
+    return resolve(as_config(content, f"the run {place.name}"))
+
+
+def _check_finished(runs: Sequence[RunConfig]) -> None:
+    """Raise unless the runs that are finished already are of these configs."""
+    for run in runs:
+        file = run.output / directory.CONFIG
+        if not (run.output / directory.METRICS).is_file():
+            continue
+        differ = directory.differences(file, run) if file.is_file() else [directory.CONFIG]
+        if differ:
+            raise Refusal(
+                f"finished runs must be of this config to be compared, but {run.output} differs in"
+                f" {', '.join(differ)}; choose another output, or remove it"
+            )
+
+
+def _lines(wanted: Mapping[str, Sequence[RunConfig]], metric: str, console: Console) -> list[Line]:
+    lines = []
+    children = Children()
+    with children.listening():
+        for method, runs in wanted.items():
+            with console.status(f"{method}: {len(runs)} seeds"):
+                line = _line(method, runs, metric, children)
+            lines.append(line)
+            result = line.refused or f"{metric} {line.score:.4f}"
+            console.print(f"{method}: {result}", highlight=False, soft_wrap=True, markup=False)
+    return lines
+
+
+def _line(method: str, runs: Sequence[RunConfig], metric: str, children: Children) -> Line:
     found = []
-    for seed in seeds:
-        place = output / f"{method}-{seed}"
-        if not (place / directory.METRICS).is_file():
-            reason = _run(config, method, seed, place)
-            if reason:
-                return Line(method, refused=reason)
-        found.append(json.loads((place / directory.METRICS).read_text(encoding="utf-8")))
+    for run in runs:
+        metrics = run.output / directory.METRICS
+        reason = "" if metrics.is_file() else _run(run, children)
+        if reason:
+            return Line(method, refused=f"could not run: {reason}")
+        found.append(directory.read_json(metrics))
+        if found[-1]["tuned"][metric] is None:
+            return Line(
+                method, refused=f"could not be scored: {metric} of seed {run.seed} is not finite"
+            )
     scores = [run["tuned"][metric] for run in found]
+    bases = [run["base"][metric] for run in found if run["base"][metric] is not None]
     kept = [run["retained"] for run in found if run.get("retained") is not None]
     return Line(
         method,
         statistics.fmean(scores),
         statistics.stdev(scores) if len(scores) > 1 else 0.0,
-        statistics.fmean(run["base"][metric] for run in found),
+        statistics.fmean(bases) if bases else float("nan"),
         statistics.fmean(kept) if kept else None,
         _old(found),
         found[0]["trainable_parameters"],
@@ -130,37 +177,34 @@ def _line(config: RunConfig, method: str, seeds: Sequence[int], metric: str, out
 
 
 def _old(found: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    pairs = [run["retain_perplexity"] for run in found if run.get("retain_perplexity")]
+    all_pairs = [run["retain_perplexity"] for run in found if run.get("retain_perplexity")]
+    pairs = [pair for pair in all_pairs if None not in pair.values()]
     if not pairs:
         return None
     before, after = (statistics.fmean(pair[key] for pair in pairs) for key in ("before", "after"))
     return before, after
 
 
-def _run(config: RunConfig, method: str, seed: int, place: Path) -> str:
-    """Run one method in a process of its own; return why it could not, or ""."""
-    content = config.as_dict()
-    if method != config.method:
-        content.pop("adapter", None)
-        for name in SETTINGS:
-            content.get("train", {}).pop(name, None)
-    if not strategy(method).freezes:
-        content.pop("quantize", None)
-    content.update(method=method, output=str(place))
-    content["train"] = {**content.get("train", {}), "seed": seed}
-    file = place.parent / f"{place.name}.yaml"
-    directory.write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", "train", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-    )
-    if done.returncode == 0:
+def _run(run: RunConfig, children: Children) -> str:
+    """Run one method in a process of its own; return why it could not, or "".
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    file = run.output.parent / f"{run.output.name}.yaml"
+    text = yaml.safe_dump(run.as_dict(), sort_keys=False, allow_unicode=True)
+    directory.write_whole(file, text)
+    status, errors = children.run([sys.executable, "-m", "fastlora", "train", str(file)])
+    if children.signal is not None:
+        raise Interrupted(
+            f"interrupted; what was done is saved in {run.output.parent}; run the same command"
+            " again to go on",
+            128 + children.signal,
+        )
+    if status == 0:
         return ""
-    said = [line for line in done.stderr.splitlines() if line.startswith("fastlora: ")]
-    return said[-1].removeprefix("fastlora: ") if said else f"exit status {done.returncode}"
+    said = [line for line in errors.splitlines() if line.startswith("fastlora: ")]
+    return said[-1].removeprefix("fastlora: ") if said else f"exit status {status}"
 
 
 def recommend(lines: Sequence[Line], greater: bool, metric: str) -> str:
@@ -186,7 +230,7 @@ def recommend(lines: Sequence[Line], greater: bool, metric: str) -> str:
 
 def _cells(line: Line) -> list[str]:
     if line.refused:
-        return [line.method, f"could not run: {line.refused}", *[""] * 6]
+        return [line.method, line.refused, *[""] * 6]
     spread = f" ± {line.spread:.3f}" if line.seeds > 1 else ""
     kept = "" if line.retained is None else f"{line.retained:.3f}"
     if line.old is not None:

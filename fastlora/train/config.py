@@ -189,6 +189,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise Refusal(f"{path} must be a text file in UTF-8; save it as such") from None
+    except OSError as error:
+        raise Refusal(f"{path} must be readable, but it is not: {error.strerror}") from None
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise Refusal(f"{path} must hold keys and values, got {type(content).__name__}")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from fastlora.train.refusal import Refusal
+
 DEFAULT_ROOT = Path("runs")
 
 
@@ -17,6 +19,41 @@ def free_directory(name: str) -> Path:
     """Return `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that does not exist."""
     names = (name if i == 1 else f"{name}-{i}" for i in count(1))
     return next(p for p in (DEFAULT_ROOT / n for n in names) if not os.path.lexists(p))
+
+
+def check_new(target: Path) -> None:
+    """Raise unless a directory can be new: it is not there, or empty.
+
+    Raises:
+        Refusal: it is a file or holds something.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        kind = "holds files" if target.is_dir() else "is a file"
+        raise Refusal(
+            f"the output directory must be new or empty, but {target} {kind}; choose another"
+        )
+
+
+def check_file(target: Path) -> None:
+    """Raise unless a file can be written, before the work whose result it is to hold.
+
+    Raises:
+        Refusal: it is a directory, or the directory where it is to be can't be written.
+    """
+    if target.is_dir():
+        raise Refusal(f"the output must be a file, but {target} is a directory; name another")
+    if not target.parent.is_dir():
+        raise Refusal(
+            f"the output's directory must exist, but there is no {target.parent}; make it, or name"
+            " another file"
+        )
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise Refusal(
+            f"the output must be writable, but {target} cannot be created ({error.strerror}); name"
+            " another file"
+        ) from error
 
 
 @contextmanager
@@ -27,15 +64,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
     On an exception the hidden directory is removed and `target` is as it was.
 
     Raises:
-        FileExistsError: `target` is a file or a directory that holds something.
-        OSError: `target` cannot be created.
+        Refusal: `target` is a file or a directory that holds something, or cannot be created.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        kind = "holds files" if target.is_dir() else "is a file"
-        raise FileExistsError(
-            f"the output directory must be new or empty, but {target} {kind}; "
-            "choose another with --output"
-        )
+    check_new(target)
     place = target.resolve()
     made: list[Path] = []
     try:
@@ -43,9 +74,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as error:
         _remove_empty(made)
-        raise OSError(
-            f"the output directory must be writable, but {target} cannot be created "
-            f"({error.strerror}); choose another with --output"
+        raise Refusal(
+            f"the output directory must be writable, but {target} cannot be created"
+            f" ({error.strerror}); choose another"
         ) from error
     try:
         yield staging
