@@ -35,7 +35,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, overwrite: bool = F
 
     The files appear together or not at all: they are written beside the directory, flushed to the
     disk and renamed. With `overwrite`, each file of an existing directory is replaced in one step
-    and other files are left alone.
+    and other files are left alone. Of a model in shards (FSDP2), every process calls this, and the
+    first one writes.
 
     Args:
         model: a model that `patch_model` gave an adapter.
@@ -50,13 +51,20 @@ def save_adapter(model: nn.Module, directory: str | Path, *, overwrite: bool = F
     record = the_record(model)
     if record.config is None:
         raise ValueError("the model must have an adapter to save, but it is only quantised")
-    tensors = {
-        key: tensor.detach().cpu().contiguous().clone()
-        for key, tensor in _live_tensors(model, record.plan).items()
-    }
+    live = _live_tensors(model, record.plan)
+    in_shards = any(hasattr(tensor, "full_tensor") for tensor in live.values())
+    tensors = {key: _whole(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
+    if in_shards and torch.distributed.get_rank() != 0:
+        return
     text = json.dumps(_fields(model, record, record.config), indent=2, sort_keys=True) + "\n"
     files = {WEIGHTS: adapter_files.encode(tensors), CONFIG: text.encode()}
     adapter_files.write_directory(Path(directory), files, overwrite)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph; one in shards is gathered from all processes."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
 def load_adapter(

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlora import LoHaConfig, LoKrConfig, LoraConfig, patch_model
+from fastlora import LoHaConfig, LoKrConfig, LoraConfig, load_adapter, patch_model, save_adapter
 from fastlora.adapters import AdapterConfig
 
 CONFIGS = {
@@ -57,6 +58,8 @@ def work(rank: int, wrapper: str, port: int, directory: Path) -> None:
     wrap = DistributedDataParallel if wrapper == "ddp" else sharded
     outputs = {n: step(wrap(make(c)), X[4 * rank : 4 * rank + 4]) for n, c in CONFIGS.items()}
     torch.save(outputs, directory / f"{rank}.pt")
+    if wrapper == "fsdp2":
+        save_adapter(sharded(make(CONFIGS["lora"])), directory / "adapter")
     distributed.destroy_process_group()
 
 
@@ -65,7 +68,11 @@ def test_two_processes_train_what_one_does(wrapper: str, tmp_path: Path) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (wrapper, port, tmp_path), 2)  # type: ignore[no-untyped-call]
+    spawn(work, (wrapper, port, tmp_path), 2)
+    if wrapper == "fsdp2":
+        model = make(LoraConfig(r=4))
+        load_adapter(model, tmp_path / "adapter")
+        torch.testing.assert_close(model(X), make(CONFIGS["lora"])(X))
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, config in CONFIGS.items():
         whole = torch.cat([half[name] for half in halves])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,8 @@ def save_quantized(
     _check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        work = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+        work.mkdir()
         try:
             _write(model, work, packed, set(record.plan.adapted))
             _put(work, target)
