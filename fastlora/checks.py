@@ -85,8 +85,7 @@ def check_backward(
         TypeError: a dtype, or a missing or superfluous operand.
         ValueError: a shape, a device, a format or a block size.
     """
-    packed_columns = weight.data.shape[-1] * (1 if weight.format == "dense" else 2)
-    n, k = weight_shape(weight, packed_columns if x is None else x.shape[-1])
+    n, k = weight_shape(weight, weight.columns() if x is None else x.shape[-1])
     if dy.dim() == 0 or dy.shape[-1] != n:
         raise ValueError(f"dy must have shape (..., {n}), got {tuple(dy.shape)}; N is {n}")
     _check_common("dy", dy, weight)

@@ -28,9 +28,9 @@ class Problem:
     """What a backend needs to know to accept or refuse.
 
     Attributes:
-        op: name of the op: "lora_linear", "lora_linear_backward" or "dequantize".
+        op: name of the op, a function of the backend's: "lora_linear", "weight_dots", ...
         device: device type, "cpu" or "cuda".
-        dtype: dtype of x (of the result, for "dequantize").
+        dtype: dtype of x (of the result, for an op on the weight alone).
         format: "dense", "nf4" or "fp4".
         blocksize: values per absmax; 0 when dense.
         m: rows of x (tokens).   n: out_features.   k: in_features.

@@ -113,7 +113,9 @@ def is_under(entries: Sequence[str], name: str) -> bool:
 
 
 def in_layers(layers: int | Sequence[int], pattern: str | Sequence[str] | None, name: str) -> bool:
-    """Return whether the first numbered segment of a module name is one of `layers`.
+    """Return whether the number of the layer that a module lies in is one of `layers`.
+
+    It is the first numbered segment of the name, or the first after one of `pattern`.
 
     Args:
         layers: layer numbers.

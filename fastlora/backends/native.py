@@ -66,7 +66,7 @@ def lora_linear(
     x: Tensor, weight: StoredWeight, bias: Tensor | None, update: LowRank | None
 ) -> tuple[Tensor, Tensor]:
     """See `fastlora.backends.reference.lora_linear`."""
-    return native.lora_linear(x, weight, _rows_of(weight, x.shape[1]), bias, update)
+    return native.lora_linear(x, weight, weight.rows(x.shape[1]), bias, update)
 
 
 def lora_linear_backward(
@@ -79,15 +79,8 @@ def lora_linear_backward(
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastlora.backends.reference.lora_linear_backward`."""
-    width = weight.data.shape[1] * (1 if weight.format == "dense" else 2)
-    k = width if x is None else x.shape[1]
+    k = weight.columns() if x is None else x.shape[1]
     return native.lora_linear_backward(dy, x, s, weight, k, update, need_dx, need_dlora)
-
-
-def _rows_of(weight: StoredWeight, k: int) -> int:
-    """Return N; a packed weight with odd K is flat."""
-    whole = weight.format == "dense" or k % 2 == 0
-    return weight.data.shape[0] if whole else 2 * weight.data.numel() // k
 
 
 def lora_group(
@@ -97,7 +90,7 @@ def lora_group(
     updates: Sequence[LowRank | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (y, s) of each of the linears that are fed x (M, K)."""
-    n = [_rows_of(weight, x.shape[1]) for weight in weights]
+    n = [weight.rows(x.shape[1]) for weight in weights]
     return native_group.lora_group(x, weights, n, biases, updates)
 
 

@@ -248,8 +248,5 @@ def _only_spans(s: Tensor, update: LowRank) -> Tensor:
 
 def _shape(weight: StoredWeight, k: int | None) -> tuple[int, int]:
     """Return (N, K) from the tensors; a packed weight with odd K is flat and needs K."""
-    if weight.format == "dense":
-        return weight.data.shape[0], weight.data.shape[1]
-    if k is None:
-        return weight.data.shape[0], 2 * weight.data.shape[1]
-    return 2 * weight.data.numel() // k, k
+    columns = weight.columns() if k is None else k
+    return weight.rows(columns), columns

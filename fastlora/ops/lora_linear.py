@@ -166,8 +166,7 @@ def remember(
     """Save what the backward needs: x and s only when the adapter wants its gradient."""
     A, B, scaling, dropout, seed, spans = NO_UPDATE if update is None else update
     need_dlora = needs[2] or needs[3]
-    flat = weight[4] != "dense" and x.shape[-1] % 2 == 1  # flat packed bytes do not know their K
-    keep_x = x if need_dlora or flat else None
+    keep_x = x if need_dlora or weight.is_flat(x.shape[-1]) else None  # which knows K
     ctx.save_for_backward(keep_x, s if need_dlora else None, *weight[:4], A, B, seed, spans)
     ctx.rest = weight[4:], (scaling, dropout), needs, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype

@@ -55,7 +55,7 @@ class _ScaledLinear(torch.autograd.Function):
             y = columns.forward_part(z, over_norms(magnitude, norms), bias, backend)
         needs = ctx.needs_input_grad[:5]  # x, A, B, magnitude, bias
         low = needs[1] or needs[2]
-        flat = weight.format != "dense" and x.shape[-1] % 2 == 1  # packed bytes without their K
+        flat = weight.is_flat(x.shape[-1])  # then x knows K
         kept = (x if low or flat else None, s if low else None, z if needs[3] else None)
         ctx.save_for_backward(*kept, magnitude, norms, *weight[:4], A, B, update.seed, update.spans)
         ctx.rest = weight[4:], update.scaling, update.dropout, backend, needs, x.shape[-1]

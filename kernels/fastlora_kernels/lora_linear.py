@@ -48,7 +48,7 @@ def lora_linear(
     Returns:
         y (M, N) in x's dtype; s (M, R) float32, shape (0,) without an update.
     """
-    (m, k), n, mask = x.shape, _rows(weight, x.shape[1]), masks(update)
+    (m, k), n, mask = x.shape, weight.rows(x.shape[1]), masks(update)
     s = x.new_empty((m, update.A.shape[0]) if update else (0,), dtype=FLOAT32)
     second, scaling = (None, 1.0) if update is None else (update.B.t(), float(update.scaling))
     plan = _plan(x, weight, k, "forward")
@@ -202,15 +202,9 @@ def _plan(x: Tensor, weight: StoredWeight, k: int, direction: str) -> Plan:
     return regimes.plan(x.device, x.dtype, x.shape[0], direction, k)
 
 
-def _rows(weight: StoredWeight, k: int) -> int:
-    """Return N; a packed weight with odd K is stored flat."""
-    whole = weight.format == "dense" or k % 2 == 0
-    return weight.data.shape[0] if whole else 2 * weight.data.numel() // k
-
-
 def _columns(weight: StoredWeight, x: Tensor | None, update: LowRank | None) -> int:
     """Return K; a packed weight with odd K is flat, so x or A must tell it."""
     for known in (x, None if update is None else update.A):
         if known is not None:
             return known.shape[1]
-    return weight.data.shape[1] * (1 if weight.format == "dense" else 2)
+    return weight.columns()

@@ -46,6 +46,18 @@ class StoredWeight(NamedTuple):
     blocksize: int
     compute: str = "auto"
 
+    def is_flat(self, k: int) -> bool:
+        """Whether the data of this weight with K = k does not show its shape: packed, odd K."""
+        return self.format != "dense" and k % 2 == 1
+
+    def rows(self, k: int) -> int:
+        """N of this weight with K = k."""
+        return 2 * self.data.numel() // k if self.is_flat(k) else self.data.shape[0]
+
+    def columns(self) -> int:
+        """K, which the data of a flat weight does not show."""
+        return self.data.shape[-1] * (1 if self.format == "dense" else 2)
+
 
 def decoded_absmax(weight: StoredWeight) -> Tensor:
     """The magnitude of each block.
