@@ -30,6 +30,8 @@ def quant_state(module: Any) -> Any:
 def stored(module: Any) -> StoredWeight:
     """Return the weight (N, K) as kernels read it, sharing memory; it is remembered."""
     state = quant_state(module)
+    if torch.compiler.is_compiling():
+        return _traced(module, state)
     packed = module.weight.detach().as_subclass(Tensor)
 
     def read() -> StoredWeight:
@@ -39,6 +41,19 @@ def stored(module: Any) -> StoredWeight:
     cache = module.fastlora_state.cache
     kept: StoredWeight = cache.frozen("stored", (packed,), read, also=_Same(state))
     return kept
+
+
+def _traced(module: Any, state: Any) -> StoredWeight:
+    """Return the same for a graph, which reads it at each call; `why_not` has checked its tables.
+
+    Of a double-quantised weight whose 8-bit table differs from ours in the last bit, so do values.
+    """
+    n, k = state.shape
+    data = module.weight.detach().view(torch.uint8).reshape((n, k // 2) if k % 2 == 0 else (-1, 1))
+    kind = (state.quant_type, state.blocksize, module.fastlora_state.compute)
+    if state.nested:
+        return StoredWeight(data, state.absmax, state.state2.absmax, state.offset.float(), *kind)
+    return StoredWeight(data, state.absmax.float(), None, None, *kind)
 
 
 class _Same:
@@ -71,10 +86,15 @@ def bias_of(module: Any, x: Tensor) -> Tensor | None:
 
 def computes(module: Any, x: Tensor) -> bool:
     """Return whether kernels take x as this layer would compute it."""
-    if is_transformed():
+    state = quant_state(module)
+    if is_transformed() or (torch.compiler.is_compiling() and _is_repacked(state)):
         return False
     wanted = module.compute_dtype if module.compute_type_is_set else x.dtype
-    return quant_state(module) is not None and (wanted or x.dtype) in FLOATS
+    return state is not None and (wanted or x.dtype) in FLOATS
+
+
+def _is_repacked(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -85,7 +105,7 @@ class Linear4bit(Accelerated, bnb.nn.Linear4bit):  # type: ignore[misc]
     def prepare(self) -> None:
         """Undo the layout of bitsandbytes' own CPU kernel, as bitsandbytes does in training."""
         state = quant_state(self)
-        if getattr(state, "packing_format_for_cpu", False):
+        if _is_repacked(state):
             data, state = _convert_weight_packed_for_cpu_inverse(self.weight.data, state)
             if not state.nested:  # of which bitsandbytes restores the bytes alone
                 state.absmax = state.absmax.T.reshape(-1).float()
@@ -170,9 +190,21 @@ def why_not(name: str, module: Any, backend: str, compute: str) -> str | None:
     if module.weight.is_meta:
         return META
     one_device(name, [module.weight, state.absmax, *_biases(module)])
+    reason = None if _is_repacked(state) else _broken(module, state)
+    if reason is not None:
+        return reason
     if compute != "auto":
         pick(problem(module, 0, None, compute), backend)
     return refusal(problem(module, 0, None), backend)
+
+
+def _broken(module: Any, state: Any) -> str | None:
+    """Return what is wrong with the tables of a 4-bit weight, or None."""
+    try:
+        QuantizedWeight.from_bnb((module.weight, state))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _biases(module: Any) -> list[Tensor]:
@@ -189,5 +221,5 @@ def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str
     reason = why_not(name, module, backend, compute)
     if reason is not None:
         return reason
-    packed = getattr(quant_state(module), "packing_format_for_cpu", False)
-    return Swap(Linear4bit, "repacked from bitsandbytes' CPU layout" if packed else "")
+    repacked = _is_repacked(quant_state(module))
+    return Swap(Linear4bit, "repacked from bitsandbytes' CPU layout" if repacked else "")

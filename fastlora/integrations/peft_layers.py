@@ -208,10 +208,13 @@ def _single(layer: Any, name: str, at: Operand) -> Tensor:
     params = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
     if name in layer.lora_variant:
         params[magnitude.NAME] = layer.lora_magnitude_vector[name].weight
-    scaling, r = float(layer.scaling[name]), params["lora_A"].shape[0]
+    scaling, r = layer.scaling[name], params["lora_A"].shape[0]
     dropout = _dropout(layer, name)
+    if isinstance(scaling, Tensor):  # as PEFT has it for adapters that are swapped under a graph
+        update, scaling = _joined(layer, [name]), 1.0
+    else:
+        update = LowRank(_as(params["lora_A"], at.x), _as(params["lora_B"], at.x), float(scaling))
     spec = AdapterSpec("lora", r, scaling * r, scaling, {}, dropout)
-    update = LowRank(_as(params["lora_A"], at.x), _as(params["lora_B"], at.x), scaling)
     training = dropout > 0 or layer.training
     call = METHODS["lora"].low_rank_call(at.x, at.base, params, spec, update, training)
     return call.run(at.base)

@@ -163,3 +163,12 @@ def test_a_weight_that_is_not_quantised_yet() -> None:
     with pytest.raises(ValueError, match="not quantised yet: move the model to its device"):
         fastlora.patch_model(model)
     assert type(model[0]) is bnb.nn.Linear4bit
+
+
+def test_a_weight_with_tables_of_its_own() -> None:
+    model = packed()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight.quant_state.code = layer.weight.quant_state.code * 2
+    skipped = fastlora.report(fastlora.patch_model(model))["skipped"]
+    assert list(skipped) == ["model.layers.0.mlp.up_proj"]
+    assert "the 16 values of nf4 as quant_map" in skipped["model.layers.0.mlp.up_proj"]

@@ -21,9 +21,16 @@ import peft
 import fastlora
 from fastlora.integrations import versions
 from tests import offline
-from tests.integrations.test_peft_models import X, accelerated, assert_close, filled, net, wrapped
+from tests.integrations.test_peft_models import (
+    UP,
+    X,
+    accelerated,
+    assert_close,
+    filled,
+    net,
+    wrapped,
+)
 
-UP = "base_model.model.up"
 DORA = peft.LoraConfig(r=2, use_dora=True, target_modules=["up"])
 TOKENS = torch.randint(4, 20, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -20,6 +20,7 @@ from fastlora.in_place import Accelerated
 from fastlora.integrations import peft_layers
 
 BF16 = torch.bfloat16
+UP = "base_model.model.up"
 CASES: dict[str, Any] = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8),
     "rslora": peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True),
