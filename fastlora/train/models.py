@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from fastlora import QuantConfig, from_pretrained
+from fastlora.integrations.shards import weight_map
 from fastlora.layers import QuantizedLinear
 from fastlora.nano import MODEL_DIR
 from fastlora.train import timm_models
 from fastlora.train.refusal import Refusal
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass
@@ -102,24 +107,78 @@ def load_model(
             with torch.device("meta"):
                 head = head_of(kind.from_config(config))
         model, fresh = _load(place, kind, options, quantize, widen is not None, head)
-    except (OSError, ValueError, KeyError) as error:
+        stored = stored_dtype(place, config)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Refusal(_reason(name, auto_class, error)) from error
     notes = []
-    stored = getattr(config, "dtype", None)
-    if widen and stored in (torch.bfloat16, torch.float16):
-        short = str(stored).removeprefix("torch.")
-        notes.append(f"the {short} weights were loaded as float32: {widen}")
+    if widen and stored in ("bfloat16", "float16"):
+        notes.append(f"the {stored} weights were loaded as float32: {widen}")
+    in_head = tuple(f"{part}." for part in head)
     if classes is not None or outputs is not None:
-        if not fresh and list(before.values()) != (classes or list(before.values())):
+        anew = any(part.startswith(in_head) for part in fresh)
+        if not anew and classes is not None and list(before.values()) != classes:
+            anew = True
             _reset(model, head)
-        shape = ", ".join(head) or "the output"
         count = f"{len(classes)} classes" if classes else f"{outputs} numbers"
-        notes.append(f"the final layer ({shape}) was made anew for {count}")
-    others = sorted({part for part in fresh if not part.startswith(tuple(head) or ("\0",))})
+        notes.append(_note_of_head(head, anew, count))
+    others = sorted({part for part in fresh if not part.startswith(in_head)})
     if others:
         notes.append(f"not in the checkpoint, and made anew: {', '.join(others[:6])}")
     _check_packed(model, quantize, name)
     return Loaded(model, head, notes)
+
+
+def _note_of_head(head: list[str], anew: bool, count: str) -> str:
+    layer = f"the final layer ({', '.join(head) or 'the output'})"
+    if anew:
+        return f"{layer} was made anew for {count}"
+    return f"{layer} was kept, for the checkpoint has it for the same {count}"
+
+
+def stored_dtype(place: str, config: Any) -> str | None:
+    """Return the number format of a checkpoint's weights, "bfloat16"; None: it is not known.
+
+    A config that does not say it leaves it to the first of the tensors.
+    """
+    said = getattr(config, "dtype", None)
+    if said is not None:
+        return str(said).removeprefix("torch.")
+    file = _first_file(place)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as tensors:
+        kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
+    return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), None)
+
+
+def _first_file(place: str) -> str | None:
+    """Return the first safetensors file of a checkpoint; None: there is none."""
+    options = {"_raise_exceptions_for_missing_entries": False}
+    whole: str | None = cached_file(place, SAFE_WEIGHTS_NAME, **options)
+    index = None if whole else cached_file(place, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is None:
+        return whole
+    shard: str | None = cached_file(place, min(weight_map(Path(index)).values()), **options)
+    return shard
+
+
+def check_causal(model: Any, name: str) -> None:
+    """Raise unless a model predicts each token from those before it alone.
+
+    Raises:
+        Refusal: the last token changes what it gives for those before.
+    """
+    ids = torch.ones((1, 8), dtype=torch.long, device=next(model.parameters()).device)
+    other = ids.clone()
+    other[0, -1] = 2
+    with torch.no_grad():
+        first, second = (model.eval()(input_ids=part).logits for part in (ids, other))
+    moved = (first - second)[0, :-1].abs().max()
+    if moved > 4 * torch.finfo(first.dtype).eps * first.abs().max():  # not by rounding
+        raise Refusal(
+            "the model must predict each token from those before it to learn to write, but in"
+            f" {name} later tokens change what is predicted; use a causal language model"
+        )
 
 
 def _load(

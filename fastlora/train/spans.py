@@ -54,6 +54,11 @@ def normal(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
+def same(truth: str, given: str) -> bool:
+    """Return whether two answers are alike but for case, punctuation and articles (SQuAD)."""
+    return normal(truth) == normal(given)
+
+
 def overlap(truth: str, given: str) -> float:
     """Return F1 of the words that two answers share (SQuAD)."""
     right, mine = normal(truth).split(), normal(given).split()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -60,7 +61,9 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise Refusal("models of timm need the package; run: pip install timm") from None
+        raise Refusal(
+            'models of timm need the package; run: pip install "fastlora[vision]"'
+        ) from None
     return timm
 
 
@@ -81,7 +84,7 @@ def load(
     try:
         body: Any = timm.create_model(plain, **options)
         body.reset_classifier(len(classes))
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         said = " ".join(str(error).split())[:300]
         raise Refusal(f"the model {name} can't be loaded: {said}") from error
     model = TimmClassifier(body).to(device)
@@ -103,7 +106,11 @@ def _quantize(model: TimmClassifier, quantize: str, head: list[str]) -> None:
 
 
 class TimmProcessor:
-    """Scales images as the model's pre-training did."""
+    """Scales images as the model's pre-training did.
+
+    Attributes:
+        channels: how many an image must have.
+    """
 
     def __init__(self, name: str) -> None:
         timm, (plain, _) = _timm(), split_name(name)
@@ -113,6 +120,7 @@ class TimmProcessor:
             )
         except RuntimeError as error:
             raise Refusal(f"timm must have the model {plain}, but says: {error}") from error
+        self.channels = config.get("input_size", (3,))[0]
         self.transform = timm.data.create_transform(**config)
 
     def __call__(self, image: Any, return_tensors: str = "pt") -> dict[str, Tensor]:

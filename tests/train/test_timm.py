@@ -93,7 +93,7 @@ def test_what_is_refused(timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(Refusal, match=sentence):
             Run(read_config(file, [f"model={model}"]), QUIET)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(Refusal, match="models of timm need the package; run: pip install timm"):
+    with pytest.raises(Refusal, match=r'need the package; run: pip install "fastlora\[vision\]"'):
         Run(read_config(file, ["model=timm:tiny"]), QUIET)
 
 

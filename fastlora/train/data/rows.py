@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fastlora.train.refusal import Refusal
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm")
+_LONGEST_CELL = 2**31 - 1  # characters; csv itself stops at 2**17
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 
 
@@ -132,23 +133,36 @@ def _object(values: object, place: str) -> Row | str:
 def _table(delimiter: str) -> Callable[[Path], Iterator[Row | str]]:
     def read(path: Path) -> Iterator[Row | str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(_LONGEST_CELL)
             reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader, [])
-            for cells in reader:
-                place = f"{path}:{reader.line_num}"
-                if len(cells) == len(header):
-                    yield Row(dict(zip(header, cells, strict=True)), place)
+            header: list[str] | None = None
+            while True:
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"{path}:{reader.line_num} must be a row of a table, got: {error}"
+                    continue
+                if header is None:
+                    header = cells
                 elif cells:
-                    yield f"{place} must have {len(header)} cells, got {len(cells)}"
+                    yield _cells(header, cells, f"{path}:{reader.line_num}")
 
     return read
+
+
+def _cells(header: list[str], cells: list[str], place: str) -> Row | str:
+    if len(cells) != len(header):
+        return f"{place} must have {len(header)} cells, got {len(cells)}"
+    return Row(dict(zip(header, cells, strict=True)), place)
 
 
 def _parquet(path: Path) -> Iterator[Row | str]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise Refusal(f"reading {path} needs pyarrow; run: pip install pyarrow") from None
+        raise Refusal(f'reading {path} needs pyarrow; run: pip install "fastlora[data]"') from None
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -189,7 +203,7 @@ def _hub(source: str, split: str) -> Iterator[Row | str]:
     except ImportError:
         raise Refusal(
             f"data.{split} must exist, but there is no file {source}; for the hub's data set of"
-            " that name run: pip install datasets"
+            ' that name run: pip install "fastlora[data]"'
         ) from None
     names = {"valid": "validation"}
     try:

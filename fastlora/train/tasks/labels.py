@@ -60,6 +60,6 @@ def as_class(value: Any) -> str | None:
 
 def sort_classes(found: set[str]) -> list[str]:
     """Return classes in order: numbers by size, other names by the alphabet."""
-    if all(name.lstrip("-").isdigit() for name in found):
-        return sorted(found, key=int)
+    if all(name.removeprefix("-").isdecimal() for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
     return sorted(found)
