@@ -33,6 +33,8 @@ class DataSection(Section):
             before and after.
         valid_fraction: share of the training rows that are held out when `valid` is None.
         max_length: tokens per example; what is longer is cut, and counted.
+        max_new_tokens: the most that a model writes; None: the longest answer of the training and
+            validation rows, and 64 at least; max_length for plain text.
         bad_rows: "stop" at the first bad row, or "skip" and count them.
         duplicates: "keep" or "drop" rows that repeat an earlier one.
         packing: put several examples in one row of max_length tokens (language models).
@@ -45,6 +47,7 @@ class DataSection(Section):
     retain: str | None = None
     valid_fraction: float = Field(0.1, gt=0, lt=1)
     max_length: int = Field(512, ge=2)
+    max_new_tokens: int | None = Field(None, ge=1)
     bad_rows: Literal["stop", "skip"] = "stop"
     duplicates: Literal["keep", "drop"] = "keep"
     packing: bool = False
@@ -68,7 +71,7 @@ class DataSection(Section):
 ROLES = tuple(
     name
     for name, field in DataSection.model_fields.items()
-    if field.default is None and name not in ("valid", "test", "retain")
+    if field.default is None and name not in ("valid", "test", "retain", "max_new_tokens")
 )
 """The keys of `data` that name columns."""
 

@@ -75,6 +75,26 @@ def recognise(columns: Sequence[str], named: Mapping[str, str]) -> tuple[str, di
     )
 
 
+def recognise_question(columns: Sequence[str]) -> dict[str, str]:
+    """Return role -> column of conversations that are still to be answered.
+
+    Raises:
+        Refusal: there is neither a conversation nor a prompt.
+    """
+    have = set(columns)
+    for name in ("messages", "conversations", "conversation"):
+        if name in have:
+            return {"messages": name}
+    for name in ("prompt", "instruction", "question", "input"):
+        if name in have:
+            extra = {"input": "input"} if name == "instruction" and "input" in have else {}
+            return _with_system({"prompt": name, **extra}, have)
+    raise Refusal(
+        "the rows must have messages (chat or ShareGPT), a prompt or an instruction, but the"
+        f" columns are {', '.join(columns)}"
+    )
+
+
 def _with_system(roles: dict[str, str], have: set[str]) -> dict[str, str]:
     return {**roles, "system": "system"} if "system" in have else roles
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ from rich.console import Console
 
 from fastlora.train import directory
 from fastlora.train.config import RunConfig, as_config, parse_yaml
-from fastlora.train.data.rows import read_rows
+from fastlora.train.data.cleaning import CleaningReport
+from fastlora.train.data.rows import BadRow, Rows, read_rows
 from fastlora.train.directory import CONFIG, LABELS, METRICS, WEIGHTS
 from fastlora.train.models import device_of
 from fastlora.train.precision import why_widen
+from fastlora.train.prepare import examples_of, usable
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
+from fastlora.train.tasks.base import Task
 
 BATCH = 32
+CHAT_TOKENS = 256  # of an answer at least, before it is cut
 
 
 class Finished:
@@ -39,9 +44,12 @@ class Finished:
 
         quiet()
         self.path, self.config = path, read_run(path)
+        learnt = json.loads((path / METRICS).read_text(encoding="utf-8"))["data"]
         self.task = task(self.config.task)(self.config)
         self.strategy = strategy(self.config.method)(self.config.adapter)
         self.task.classes = json.loads((path / LABELS).read_text(encoding="utf-8"))
+        self.task.columns = learnt["columns"]
+        self.task.new_tokens = self.config.data.max_new_tokens or learnt["new_tokens"]
         self.task.prepare()
         quantize = None if dense else self.config.quantize
         widen = why_widen(not self.strategy.freezes, None if dense else device_of())
@@ -49,6 +57,16 @@ class Finished:
         self.model: Any = self.strategy.apply(loaded, self.task.task_type, self.config.seed)
         self.strategy.load(self.model, path / WEIGHTS)
         self.model.eval()
+
+    def read(self, data: str, predict: bool) -> Rows:
+        """Return the rows of other data; `predict`: they may lack the answer.
+
+        Raises:
+            Refusal: they can't be read, or lack a column that the run learnt.
+        """
+        rows = read_rows(data, "test", self.config.data.bad_rows == "skip")
+        self.task.columns = self.task.columns_in(rows.columns, data, predict)
+        return rows
 
 
 def read_run(path: Path) -> RunConfig:
@@ -75,11 +93,13 @@ def evaluate(path: Path, data: str, console: Console) -> dict[str, float]:
         Refusal: the run or the data can't be used.
     """
     run = Finished(path)
-    rows = read_rows(data, "test", skip_bad=False)
-    run.task.columns = run.task.find_columns(rows.columns)
+    rows = run.read(data, predict=False)
     run.task.check(rows.rows, data)
-    examples = [e | {"place": r.place} for r in rows.rows for e in run.task.examples(r, False)]
+    report = CleaningReport(bad={"test": rows.bad})
+    examples = examples_of(run.task, rows.rows, "test", report)
     found = run.task.evaluate(run.model, examples, BATCH)
+    for line in [*report.lines(), *found.notes]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for name, value in found.scores.items():
         console.print(f"{name}: {value:.4f}", highlight=False)
     return found.scores
@@ -88,24 +108,45 @@ def evaluate(path: Path, data: str, console: Console) -> dict[str, float]:
 def predict(path: Path, data: str, output: Path | None, console: Console) -> list[Any]:
     """Write one JSON line per row of a file: the row, and the model's answer as "prediction".
 
+    What else is to be said goes to standard error where the lines go to standard output.
+
     Raises:
         Refusal: the run or the data can't be used.
     """
     run = Finished(path)
-    rows = read_rows(data, "test", skip_bad=False)
-    run.task.columns = run.task.find_columns(rows.columns, predict=True)
-    answers = run.task.predict(run.model, rows.rows, BATCH)
+    rows = run.read(data, predict=True)
+    report = CleaningReport(bad={"test": rows.bad})
+    asked = usable(rows.rows, run.task.ask, "test", run.task, report)
+    answers = run.task.predict(run.model, [question for _, question in asked], BATCH)
     lines = [
         json.dumps({**row.values, "prediction": answer}, ensure_ascii=False, default=str)
-        for row, answer in zip(rows.rows, answers, strict=True)
+        for (row, _), answer in zip(asked, answers, strict=True)
     ]
+    said = _shortfalls(run.task, report.bad["test"], answers)
     if output is None:
         for line in lines:
             print(line)
+        for line in said:
+            print(f"fastlora: {line}", file=sys.stderr)
     else:
-        directory.write_whole(output, "\n".join(lines) + "\n")
-        console.print(f"{len(lines)} predictions written to {output}", highlight=False)
+        directory.write_whole(output, "".join(f"{line}\n" for line in lines))
+        for line in [f"{len(lines)} predictions written to {output}", *said]:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     return answers
+
+
+def _shortfalls(task: Task, bad: list[str], answers: list[Any]) -> list[str]:
+    """Return sentences on the rows that have no answer, and on answers that were cut."""
+    said = []
+    if bad:
+        said.append(f"{len(bad)} bad rows left out; the first: {bad[0]}")
+    cut = sum(answer.get("cut", False) for answer in answers)
+    if cut:
+        said.append(
+            f"{cut} of {len(answers)} answers were cut at {task.new_tokens} tokens or the end of"
+            " the model's places; data.max_new_tokens in the run's run.yaml changes the former"
+        )
+    return said
 
 
 def merge(path: Path, output: Path, console: Console) -> None:
@@ -141,6 +182,8 @@ def chat(path: Path, console: Console) -> None:
     if not issubclass(task(config.task), LanguageTask):
         raise Refusal(f"chat needs a run of task instruction or causal-lm, got {config.task}")
     run = Finished(path)
+    writer: Any = run.task
+    tokens = max(writer.new_tokens, CHAT_TOKENS)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -149,11 +192,11 @@ def chat(path: Path, console: Console) -> None:
             said = ""
         if not said:
             return
-        if isinstance(run.task, Instruction):
-            messages.append({"role": "user", "content": said})
-            answer = run.task.answer(run.model, messages, 256)
-            messages.append({"role": "assistant", "content": answer or " "})
-        else:
-            assert isinstance(run.task, LanguageTask)
-            answer = run.task.continue_text(run.model, said, 256)
-        console.print(answer, markup=False, highlight=False)
+        messages.append({"role": "user", "content": said})
+        try:
+            ids = writer.begin(messages if isinstance(writer, Instruction) else said)
+        except BadRow as error:
+            raise Refusal(f"the conversation can't go on: {error}") from None
+        answer, cut = writer.write(run.model, ids, tokens)
+        messages.append({"role": "assistant", "content": answer or " "})
+        console.print(f"{answer} ..." if cut else answer, markup=False, highlight=False)

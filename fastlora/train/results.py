@@ -36,9 +36,8 @@ def write(run: Run, output: Path, trainer: Tuner, after: Evaluation, audit: dict
     evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
     metrics = collect(run, log, after, audit, trainer)
     metrics["checkpoint_bytes"] = sum(f.stat().st_size for f in weights.iterdir() if _is_model(f))
-    html = page.run_page(
-        metrics, log, evaluations, run.before, after, run.data.report.lines(), patch_rows(run.model)
-    )
+    found = [*run.data.report.lines(), *after.notes]
+    html = page.run_page(metrics, log, evaluations, run.before, after, found, patch_rows(run.model))
     directory.write_whole(output / directory.REPORT, html)
     directory.write_json(output / directory.METRICS, metrics)
 
@@ -61,6 +60,7 @@ def collect(
         "quantize": run.config.quantize,
         "base": run.before.scores,
         "tuned": after.scores,
+        "notes": after.notes,
         "retained": run.retained(),
         "retain_perplexity": run.forgetting(),
         "trainable_parameters": trained,

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlora.train.config import ROLES
+from fastlora.train.data.cleaning import CleaningReport
 from fastlora.train.data.columns import find_columns
 from fastlora.train.data.rows import read_rows
+from fastlora.train.prepare import examples_of
 from fastlora.train.tasks.base import Example, Task, to_device
 from fastlora.train.tasks.causal_lm import CausalLM
 from fastlora.train.tasks.language import LanguageTask
@@ -52,8 +54,10 @@ def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example
     return torch.stack(found[:LOOKED_AT])
 
 
-def old_texts(task: Task) -> tuple[LanguageTask, list[Example]] | None:
+def old_texts(task: Task, report: CleaningReport) -> tuple[LanguageTask, list[Example]] | None:
     """Return the examples of data.retain and the task that scores them; None: there are none.
+
+    What is found in them is added to the report.
 
     Raises:
         Refusal: the texts can't be read.
@@ -62,12 +66,12 @@ def old_texts(task: Task) -> tuple[LanguageTask, list[Example]] | None:
     if source is None or not isinstance(task, LanguageTask):
         return None
     plain = CausalLM(task.config)
-    plain.tokenizer, plain.max_length = task.tokenizer, task.max_length
-    rows = read_rows(source, "retain", skip_bad=True)
+    plain.tokenizer, plain.max_length, plain.places = task.tokenizer, task.max_length, task.places
+    rows = read_rows(source, "retain", task.config.data.bad_rows == "skip")
     roles = {name: None for name in ROLES}
     data = task.config.data.model_copy(update=roles)
     plain.columns = find_columns(data, rows.columns, ["text"], (), source)
-    return plain, [example for row in rows.rows for example in plain.examples(row, False)]
+    return plain, examples_of(plain, rows.rows, "retain", report)
 
 
 def body_of(model: nn.Module) -> str | None:

@@ -106,7 +106,7 @@ class Run:
         self.head, budget = loaded.head, self.extras.memory_budget_gib
         memory.check_budget(loaded.model, budget)
         self.before = self._score_base(loaded.model, batch_size)
-        self.old_texts = retention.old_texts(self.task)
+        self.old_texts = retention.old_texts(self.task, self.data.report)
         self.old_before = self._old_perplexity(loaded.model)
         self.body = retention.body_of(loaded.model)
         if self.body is not None:
@@ -115,6 +115,7 @@ class Run:
         model: Any = self.strategy.apply(loaded, self.task.task_type, self.config.seed)
         for note in loaded.notes:
             self.say(note)
+        self.data.report.notes += loaded.notes
         self.model = model
         self.caches: bool | None = getattr(model.config, "use_cache", None)
         if self.caches is not None:

@@ -75,7 +75,7 @@ def test_predictions_need_no_answers(tmp_path: Path) -> None:
     found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["text"] for row in found] == ["good words", "bad words"]
     assert all(row["prediction"]["label"] in ("plus", "minus") for row in found)
-    with pytest.raises(Refusal, match="must have a column of kind 'label'"):
+    with pytest.raises(Refusal, match="but 'label' is missing"):
         finished.evaluate(output, str(tmp_path / "new.jsonl"), QUIET)
 
 

@@ -24,6 +24,8 @@ class CleaningReport:
         leaked: rows of the test or validation split whose input is in the training split.
         long: examples that are cut at max_length, by split.
         labels: how often each label occurs in training.
+        columns: role -> column, as `eval` and `predict` read them.
+        new_tokens: the most that the model writes; None: it writes no text.
         notes: what else a person should know.
     """
 
@@ -34,6 +36,8 @@ class CleaningReport:
     leaked: dict[str, int] = field(default_factory=dict)
     long: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    new_tokens: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:

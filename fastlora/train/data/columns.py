@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastlora.train.config import ROLES, DataSection
 from fastlora.train.refusal import Refusal, nearest
@@ -74,9 +73,15 @@ def find_columns(
     return found
 
 
-def text_of(values: Mapping[str, Any], column: str) -> str | None:
-    """Return a cell's text; None when it is empty or no text."""
-    value = values.get(column)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    return str(value) if str(value).strip() else None
+def check_columns(needed: Iterable[str], columns: Sequence[str], source: str) -> None:
+    """Raise unless a source has the columns that were learnt from the training rows.
+
+    Raises:
+        Refusal: one is missing.
+    """
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise Refusal(
+            f"{source} must have the columns of the training rows, but {missing[0]!r} is missing;"
+            f" its columns are {', '.join(columns)}"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.train.config import RunConfig
-from fastlora.train.data.columns import find_columns
+from fastlora.train.data.columns import check_columns, find_columns
 from fastlora.train.data.rows import Row
 from fastlora.train.models import Loaded
 
@@ -27,12 +27,14 @@ class Evaluation:
         confusion: counts, rows are the truth, columns the prediction; None: not a classification.
         classes: names of the rows and columns.
         samples: (input, expected, given) of a few examples.
+        notes: what else is to be known of the scores.
     """
 
     scores: dict[str, float]
     confusion: list[list[int]] | None = None
     classes: list[str] = field(default_factory=list)
     samples: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Task(ABC):
@@ -43,18 +45,22 @@ class Task(ABC):
         required: roles of the columns that it needs.
         optional: roles of columns that it can use.
         targets: those of them that hold the answer, which `predict` does not read.
+        sparse: roles of columns that other rows than the training ones may lack.
         metric: the score that the best checkpoint has.
         greater: whether more of it is better.
         task_type: PEFT's name of it.
         vision: whether its inputs are images.
         columns: role -> column, once `learn` was called.
         classes: names of its classes, once `learn` was called; None: it has none.
+        long: examples that were cut at max_length, since it was last set to 0.
+        new_tokens: the most that the model writes, once it is known; None: it writes no text.
     """
 
     name: ClassVar[str]
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[tuple[str, ...]] = ()
+    sparse: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str] = "loss"
     greater: ClassVar[bool] = False
     task_type: ClassVar[str]
@@ -65,17 +71,34 @@ class Task(ABC):
         self.columns: dict[str, str] = {}
         self.classes: list[str] | None = None
         self.long = 0
+        self.new_tokens: int | None = None
 
-    def find_columns(self, columns: Sequence[str], predict: bool = False) -> dict[str, str]:
-        """Return role -> column of a source with these columns; `predict` leaves the answer out.
+    def find_columns(self, columns: Sequence[str]) -> dict[str, str]:
+        """Return role -> column of training rows with these columns.
 
         Raises:
             Refusal: one is missing.
         """
-        data, targets = self.config.data, self.targets if predict else ()
-        data = data.model_copy(update=dict.fromkeys(targets))
-        required = [role for role in self.required if role not in targets]
-        return find_columns(data, columns, required, self.optional)
+        return find_columns(self.config.data, columns, self.required, self.optional)
+
+    def needed_columns(self, predict: bool = False) -> list[str]:
+        """Return the learnt columns that other rows must have; `predict` leaves the answer out."""
+        left_out = (*self.sparse, *(self.targets if predict else ()))
+        return [name for role, name in self.columns.items() if role not in left_out]
+
+    def columns_in(self, columns: Sequence[str], source: str, predict: bool) -> dict[str, str]:
+        """Return role -> column of rows that are scored or answered after training.
+
+        Args:
+            columns: what they have.
+            source: what to call them in an error.
+            predict: whether they may lack the answer.
+
+        Raises:
+            Refusal: a column that was learnt is missing.
+        """
+        check_columns(self.needed_columns(predict), columns, source)
+        return {role: name for role, name in self.columns.items() if name in columns}
 
     def notes(self) -> list[str]:
         """Return what was recognised in the data without a word from the user."""
@@ -134,8 +157,27 @@ class Task(ABC):
         """Return the scores on examples, computed batch by batch without keeping logits."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
-        """Return one answer, JSON-serialisable, per row."""
+    def ask(self, row: Row) -> Any:
+        """Return what `predict` takes of a row, which need not have an answer.
+
+        Raises:
+            BadRow: it can't be used.
+        """
+
+    @abstractmethod
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
+        """Return one answer, JSON-serialisable, for each of what `ask` returned."""
+
+    def halves(self, row: Row, fraction: float) -> tuple[Row, Row] | None:
+        """Return the only training row as one to learn from and one of this share to hold out.
+
+        None: it can't be divided.
+        """
+        return None
+
+    def measure(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Learn from the examples, by split, how much the model is to write; return it in words."""
+        return []
 
     def group(self, examples: list[Example]) -> list[Example]:
         """Return training examples as they are batched; a language model packs them."""

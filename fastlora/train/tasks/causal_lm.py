@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
+from collections.abc import Mapping, Sequence
 
 from fastlora.train.data.rows import Row
 from fastlora.train.tasks.base import Example
-from fastlora.train.tasks.language import SAMPLE_TOKENS, LanguageTask
+from fastlora.train.tasks.language import LanguageTask
 
 
 class CausalLM(LanguageTask):
@@ -29,10 +26,37 @@ class CausalLM(LanguageTask):
         kept = [window for window in windows if len(window) > 1]
         return [{"input_ids": window, "labels": list(window)} for window in kept]
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
-        """Return a continuation of each text."""
-        texts = [self.text(row, "text") for row in rows]
-        return [{"text": self.continue_text(model, text, SAMPLE_TOKENS)} for text in texts]
+    def halves(self, row: Row, fraction: float) -> tuple[Row, Row] | None:
+        """Return the first part of a text and its end, cut between lines or else words."""
+        text = self.text(row, "text")
+        near = round(len(text) * (1 - fraction))
+        end = max(text.rfind("\n", near // 2, near), 0) or text.rfind(" ", 0, near)
+        parts = (text[:end], text[end:])
+        if end < 0 or not all(part.strip() for part in parts):
+            return None
+        first, second = (
+            Row({**row.values, self.columns["text"]: part}, row.place) for part in parts
+        )
+        return first, second
+
+    def measure(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Let the model write as much as it reads; return that in words."""
+        return self.limit_output(self.max_length)
+
+    def ask(self, row: Row) -> list[int]:
+        """Return the text's tokens."""
+        return self.begin(self.text(row, "text"))
+
+    def begin(self, text: str) -> list[int]:
+        """Return the tokens of a text that goes on.
+
+        Raises:
+            BadRow: there is no place for more.
+        """
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return self.with_room(ids)
 
 
 TASK = CausalLM

@@ -38,10 +38,13 @@ class Classification(ClassLabels, PairTask):
         """Return accuracy, macro F1 and loss, and the confusion matrix."""
         return scores.evaluate_classes(self, model, examples, batch_size)
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
+    def ask(self, row: Row) -> Example:
+        """Return the text's tokens."""
+        return {**self.tokens(row), "label": 0}
+
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
         """Return each text's class with its probability."""
-        examples = [{**self.tokens(row), "label": 0} for row in rows]
-        return predict_classes(self, model, examples, batch_size)
+        return predict_classes(self, model, asked, batch_size)
 
 
 def predict_classes(

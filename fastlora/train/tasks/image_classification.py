@@ -19,6 +19,9 @@ from fastlora.train.tasks.base import Evaluation, Example
 from fastlora.train.tasks.classification import predict_classes
 from fastlora.train.tasks.labels import ClassLabels
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Channels -> Pillow's mode."""
+
 
 class ImageClassification(ClassLabels):
     """Give each image one of the classes that the training rows have."""
@@ -41,16 +44,19 @@ class ImageClassification(ClassLabels):
         name = self.config.model
         if name.startswith("timm:"):
             self.processor: Any = timm_models.TimmProcessor(name)
+            self.mode = mode_of(self.processor.channels)
             return
         place = place_of(name)
         try:
+            config = transformers.AutoConfig.from_pretrained(place)
             if Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").is_file():
-                self.processor = plain_processor(transformers.AutoConfig.from_pretrained(place))
+                self.processor = plain_processor(config)
             else:
                 self.processor = transformers.AutoImageProcessor.from_pretrained(place)
         except (OSError, ValueError, KeyError, ImportError) as error:
             said = " ".join(str(error).split())[:300]
             raise Refusal(f"the model {name} must have an image processor, but: {said}") from error
+        self.mode = mode_of(getattr(config, "num_channels", 3))
 
     def load(self, quantize: str | None, widen: str | None) -> Loaded:
         """Return the model with a final layer for the classes."""
@@ -79,10 +85,10 @@ class ImageClassification(ClassLabels):
                 image = Image.open(find_image(value, row.place))
             else:
                 image = value
-            image = image.convert("RGB")
-        except (OSError, AttributeError, UnidentifiedImageError) as error:
+            made = self.processor(image.convert(self.mode), return_tensors="pt")
+        except (OSError, AttributeError, ValueError, UnidentifiedImageError) as error:
             raise BadRow(f"the image {value!r:.80} can't be read: {error}") from None
-        found: torch.Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        found: torch.Tensor = made["pixel_values"][0]
         return found
 
     def examples(self, row: Row, train: bool) -> list[Example]:
@@ -100,10 +106,13 @@ class ImageClassification(ClassLabels):
         """Return accuracy, macro F1 and loss, and the confusion matrix."""
         return scores.evaluate_classes(self, model, examples, batch_size)
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
+    def ask(self, row: Row) -> Example:
+        """Return the pixels."""
+        return {"pixel_values": self.pixels(row), "label": 0}
+
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
         """Return each image's class with its probability."""
-        examples = [{"pixel_values": self.pixels(row), "label": 0} for row in rows]
-        return predict_classes(self, model, examples, batch_size)
+        return predict_classes(self, model, asked, batch_size)
 
     def save(self, directory: Path) -> None:
         """Write the image processor."""
@@ -123,7 +132,22 @@ def plain_processor(config: Any) -> Any:
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
     kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
-    return kind(size={"height": height, "width": width})
+    middle = [0.5] * getattr(config, "num_channels", 3)
+    return kind(size={"height": height, "width": width}, image_mean=middle, image_std=list(middle))
+
+
+def mode_of(channels: int) -> str:
+    """Return Pillow's name for images of so many channels.
+
+    Raises:
+        Refusal: there is none.
+    """
+    if channels not in MODES:
+        raise Refusal(
+            f"the model must see images of 1, 3 or 4 channels, but it sees {channels}; choose"
+            " another"
+        )
+    return MODES[channels]
 
 
 TASK = ImageClassification

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
-
-from torch import nn
 
 from fastlora.train import conversations
 from fastlora.train.config import ROLES
 from fastlora.train.data.rows import BadRow, Row
 from fastlora.train.refusal import Refusal
 from fastlora.train.tasks.base import Example
-from fastlora.train.tasks.language import SAMPLE_TOKENS, LanguageTask
+from fastlora.train.tasks.language import LanguageTask
 from fastlora.train.tasks.text import IGNORED
 
 
@@ -22,8 +21,11 @@ class Instruction(LanguageTask):
     name = "instruction"
     required = ()
     optional = ("messages", "prompt", "completion")
+    targets = ("completion",)
+    sparse = ("input", "system")
+    output = "answer"
 
-    def find_columns(self, columns: Sequence[str], predict: bool = False) -> dict[str, str]:
+    def find_columns(self, columns: Sequence[str]) -> dict[str, str]:
         """Return the columns of the form that the data has."""
         data = self.config.data
         for role in ROLES:
@@ -33,15 +35,19 @@ class Instruction(LanguageTask):
                     f" {', '.join(self.optional)}; leave it out"
                 )
         named = {role: getattr(data, role) for role in self.optional if getattr(data, role)}
-        if predict and not {"messages", "conversations"} & set(columns):
-            named.pop("completion", None)
-            names = [named.get("prompt"), "prompt", "instruction", "question", "input"]
-            found = next((name for name in names if name in columns), None)
-            if found is None:
-                raise Refusal(f"the rows must have a prompt, but have {', '.join(columns)}")
-            return {"prompt": found}
         self.form, roles = conversations.recognise(columns, named)
         return roles
+
+    def columns_in(self, columns: Sequence[str], source: str, predict: bool) -> dict[str, str]:
+        """Return the columns that were learnt, or else those of another form of conversations."""
+        data = self.config.data
+        named = [getattr(data, role) for role in self.optional if getattr(data, role)]
+        learnt = set(self.needed_columns(predict)) <= set(columns)
+        if named or learnt:
+            return super().columns_in(columns, source, predict)
+        if predict:
+            return conversations.recognise_question(columns)
+        return conversations.recognise(columns, {})[1]
 
     def notes(self) -> list[str]:
         """Return what was recognised."""
@@ -72,25 +78,27 @@ class Instruction(LanguageTask):
             )
         return [{"input_ids": ids, "labels": labels}]
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
-        """Return the answer to each row's question, or to its last message."""
-        return [{"answer": self.answer(model, self._asked(row))} for row in rows]
+    def measure(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Let the model write as much as the longest answer has; return that in words."""
+        known = [*examples["train"], *examples["valid"]]
+        return self.limit_output(max(_longest_learnt(example["labels"]) for example in known))
 
-    def _asked(self, row: Row) -> list[conversations.Message]:
-        if "messages" in self.columns:
-            found = conversations.messages_of(row.values, self.columns)
-            return found[:-1] if found[-1]["role"] == "assistant" else found
-        return [{"role": "user", "content": self.text(row, "prompt")}]
+    def ask(self, row: Row) -> list[int]:
+        """Return the tokens of a conversation up to where the assistant has to answer."""
+        return self.begin(conversations.asked_of(row.values, self.columns))
 
-    def answer(
-        self, model: Any, messages: Sequence[conversations.Message], tokens: int = SAMPLE_TOKENS
-    ) -> str:
-        """Return what the assistant says next."""
-        ids = conversations.prompt_of(self.tokenizer, messages)
-        text: str = self.tokenizer.decode(
-            self.generate(model, ids, tokens), skip_special_tokens=True
-        )
-        return text
+    def begin(self, messages: Sequence[conversations.Message]) -> list[int]:
+        """Return the tokens after which the assistant's answer comes.
+
+        Raises:
+            BadRow: there is no place for one.
+        """
+        return self.with_room(conversations.prompt_of(self.tokenizer, messages))
+
+
+def _longest_learnt(labels: Sequence[int]) -> int:
+    runs = groupby(labels, lambda label: label != IGNORED)
+    return max((len(list(run)) for learnt, run in runs if learnt), default=0)
 
 
 TASK = Instruction

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fastlora.train.models import Loaded, load_model
+from fastlora.train.data.rows import BadRow
+from fastlora.train.models import Loaded, check_causal, load_model
 from fastlora.train.scores import perplexity
 from fastlora.train.tasks.base import Evaluation, Example, batches
-from fastlora.train.tasks.text import IGNORED, TextTask, pad_right
+from fastlora.train.tasks.text import IGNORED, TextTask, ends_of, pad_right
 
-SAMPLE_TOKENS = 64
+SAMPLE_TOKENS = 64  # of the few answers that a report shows
 
 
 class LanguageTask(TextTask):
-    """A task of a causal language model; its examples have input_ids and labels."""
+    """A task of a causal language model; its examples have input_ids and labels.
+
+    Attributes:
+        output: what the text that is written is called in predictions.
+    """
 
     task_type = "CAUSAL_LM"
+    output: ClassVar[str] = "text"
 
     def load(self, quantize: str | None, widen: str | None) -> Loaded:
-        """Return the model with its own output layer."""
-        return load_model(
+        """Return the model with its own output layer.
+
+        Raises:
+            Refusal: it can't be loaded, or sees the tokens that it should predict.
+        """
+        loaded = load_model(
             self.config.model,
             "AutoModelForCausalLM",
             quantize=quantize,
             widen=widen,
             seed=self.config.seed,
         )
+        check_causal(loaded.model, self.config.model)
+        return loaded
 
     def group(self, examples: list[Example]) -> list[Example]:
         """Return examples packed into rows of max_length tokens, where data.packing asks for it."""
@@ -76,19 +88,44 @@ class LanguageTask(TextTask):
             ids, labels = example["input_ids"], example["labels"]
             first = next((i for i, label in enumerate(labels) if label != IGNORED), 0)
             cut = first if first > 1 else max(1, len(ids) // 2)
-            given = self.generate(model, ids[:cut])
-            texts = (ids[:cut], ids[cut:], given)
-            prompt, truth, answer = (
-                self.tokenizer.decode(part, skip_special_tokens=True) for part in texts
+            tokens = min(self.new_tokens or SAMPLE_TOKENS, SAMPLE_TOKENS)
+            text, short = self.write(model, ids[:cut], tokens)
+            prompt, truth = (
+                self.tokenizer.decode(part, skip_special_tokens=True)
+                for part in (ids[:cut], ids[cut:])
             )
-            found.append((prompt[-400:], truth[:400], answer))
+            found.append((prompt[-400:], truth[:400], f"{text} ..." if short else text))
         return found
 
-    def generate(self, model: Any, ids: list[int], tokens: int = SAMPLE_TOKENS) -> list[int]:
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
+        """Return the text that the model writes after each row's tokens, and whether it was cut."""
+        assert self.new_tokens is not None
+        found = [self.write(model, ids, self.new_tokens) for ids in asked]
+        return [{self.output: text, "cut": short} for text, short in found]
+
+    def write(self, model: Any, ids: list[int], tokens: int) -> tuple[str, bool]:
+        """Return the text that a model writes after these tokens, and whether it was cut."""
+        given = self._generate(model, ids, tokens)
+        text: str = self.tokenizer.decode(given, skip_special_tokens=True)
+        return text, not ends_of(self.tokenizer, model) & set(given)
+
+    def with_room(self, ids: list[int]) -> list[int]:
+        """Return the tokens of a prompt.
+
+        Raises:
+            BadRow: the model has no place for more.
+        """
+        if len(ids) >= self.places:
+            raise BadRow(
+                f"the prompt must leave room in the model's {self.places} tokens, but it has"
+                f" {len(ids)}; shorten it"
+            )
+        return ids
+
+    def _generate(self, model: Any, ids: list[int], tokens: int) -> list[int]:
         """Return the likeliest tokens after these."""
         device = next(model.parameters()).device
-        limit = getattr(model.config, "max_position_embeddings", 10**9)
-        tokens = max(1, min(tokens, limit - len(ids)))
+        tokens = max(1, min(tokens, self.places - len(ids)))
         was_training, cached = model.training, model.config.use_cache
         model.eval()
         model.config.use_cache = True
@@ -106,16 +143,6 @@ class LanguageTask(TextTask):
             model.train(was_training)
             model.config.use_cache = cached
         answer: list[int] = out[0, len(ids) :].tolist()
-        return answer
-
-    def continue_text(self, model: Any, text: str, tokens: int) -> str:
-        """Return what the model writes after a text."""
-        ids = self.tokenizer(text)["input_ids"]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
-            ids = ids[:-1]
-        answer: str = self.tokenizer.decode(
-            self.generate(model, ids, tokens), skip_special_tokens=True
-        )
         return answer
 
 

@@ -54,25 +54,33 @@ class QuestionAnswering(TextTask):
     def examples(self, row: Row, train: bool) -> list[Example]:
         """Return the windows of a row, with the place of the answer in tokens."""
         question, context = self.text(row, "question"), self.text(row, "context")
-        answer, start = answer_of(row.values.get(self.columns["answers"]), context)
+        value = row.values.get(self.columns["answers"])
+        answer, start = answer_of(value, context)
         found = self._windows(question, context)
         end = start + len(answer)
         made = []
         for window in found:
             window["start"], window["end"] = _tokens(window["offsets"], start, end)
-            made.append({**window, "answer": answer, "context": context})
+            made.append({**window, "answers": texts_of(value), "context": context})
         if train:
             inside = [window for window in made if window["start"] > 0]
             return inside or made[:1]
         return made
 
     def _windows(self, question: str, context: str) -> list[Example]:
+        asked = len(self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+        room = self.max_length - asked - self.tokenizer.num_special_tokens_to_add(pair=True)
+        if room < 2:
+            raise BadRow(
+                f"the question must leave room for the context in {self.max_length} tokens, but it"
+                f" has {asked}; shorten it, or raise data.max_length"
+            )
         found = self.tokenizer(
             question,
             context,
             truncation="only_second",
             max_length=self.max_length,
-            stride=min(64, self.max_length // 4),
+            stride=min(64, room // 2),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
             verbose=False,
@@ -105,7 +113,7 @@ class QuestionAnswering(TextTask):
     def evaluate(
         self, model: nn.Module, examples: Sequence[Example], batch_size: int
     ) -> Evaluation:
-        """Return exact match and F1 of words, the best window of each row counting."""
+        """Return exact match and F1 of words: of each row's best window, with its best answer."""
         best: dict[str, tuple[float, str, Example]] = {}
         total = 0.0
         for chosen, _, outputs in batches(self, model, examples, batch_size):
@@ -114,10 +122,10 @@ class QuestionAnswering(TextTask):
                 place = examples[index].get("place", str(index))
                 if place not in best or score > best[place][0]:
                     best[place] = (score, text, examples[index])
-        exact = [spans.normal(t) == spans.normal(e["answer"]) for _, t, e in best.values()]
-        shared = [spans.overlap(e["answer"], t) for _, t, e in best.values()]
+        exact = [max(spans.same(a, t) for a in e["answers"]) for _, t, e in best.values()]
+        shared = [max(spans.overlap(a, t) for a in e["answers"]) for _, t, e in best.values()]
         count = max(len(best), 1)
-        samples = [(e["context"][:200], e["answer"], t) for _, t, e in list(best.values())[:5]]
+        samples = [(e["context"][:200], e["answers"][0], t) for _, t, e in list(best.values())[:5]]
         found = {
             "exact_match": sum(exact) / count,
             "f1": sum(shared) / count,
@@ -125,16 +133,17 @@ class QuestionAnswering(TextTask):
         }
         return Evaluation(found, samples=samples)
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
+    def ask(self, row: Row) -> list[Example]:
+        """Return the windows of a row."""
+        context = self.text(row, "context")
+        windows = self._windows(self.text(row, "question"), context)
+        return [{**window, "start": 0, "end": 0, "context": context} for window in windows]
+
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
         """Return each row's answer."""
-        examples: list[Example] = []
-        owners = []
-        for i, row in enumerate(rows):
-            context = self.text(row, "context")
-            for window in self._windows(self.text(row, "question"), context):
-                examples.append({**window, "start": 0, "end": 0, "context": context})
-                owners.append(i)
-        best: list[Any] = [(-1e9, "")] * len(rows)
+        examples: list[Example] = [window for windows in asked for window in windows]
+        owners = [i for i, windows in enumerate(asked) for _ in windows]
+        best: list[Any] = [(-1e9, "")] * len(asked)
         for chosen, _, outputs in batches(self, model, examples, batch_size):
             for index, score, text in _answers(outputs, [examples[i] for i in chosen], chosen):
                 if score > best[owners[index]][0]:
@@ -143,25 +152,32 @@ class QuestionAnswering(TextTask):
 
 
 def answer_of(value: Any, context: str) -> tuple[str, int]:
-    """Return an answer's text and where it starts in the context.
+    """Return the first answer's text and where it starts in the context.
 
     Raises:
         BadRow: there is none, or it does not stand in the context.
     """
-    start = None
-    if isinstance(value, dict):  # SQuAD: {"text": [...], "answer_start": [...]}
-        texts, starts = value.get("text"), value.get("answer_start")
-        value = texts[0] if isinstance(texts, list) and texts else texts
-        start = starts[0] if isinstance(starts, list) and starts else starts
-    elif isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, str) or not value:
-        raise BadRow(f"the answer must be text, got {value!r}")
-    if not isinstance(start, int) or context[start : start + len(value)] != value:
-        start = context.find(value)
+    answer = texts_of(value)[0]
+    start = value.get("answer_start") if isinstance(value, dict) else None
+    start = start[0] if isinstance(start, list) and start else start
+    if not isinstance(start, int) or context[start : start + len(answer)] != answer:
+        start = context.find(answer)
     if start < 0:
-        raise BadRow(f"the answer must stand in the context, but {value!r:.60} does not")
-    return value, start
+        raise BadRow(f"the answer must stand in the context, but {answer!r:.60} does not")
+    return answer, start
+
+
+def texts_of(value: Any) -> list[str]:
+    """Return the answers that count as right: a text, a list, or SQuAD's {"text": [...]}.
+
+    Raises:
+        BadRow: there is none.
+    """
+    found = value.get("text") if isinstance(value, dict) else value
+    found = found if isinstance(found, list) else [found]
+    if not found or not all(isinstance(text, str) and text for text in found):
+        raise BadRow(f"the answer must be text, got {value!r:.60}")
+    return found
 
 
 def _tokens(offsets: list[Any], start: int, end: int) -> tuple[int, int]:

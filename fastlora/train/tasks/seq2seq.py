@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from fastlora.train.data.rows import Row
 from fastlora.train.models import Loaded, load_model
 from fastlora.train.scores import perplexity
 from fastlora.train.spans import overlap
-from fastlora.train.tasks.base import Evaluation, Example, batches
-from fastlora.train.tasks.text import IGNORED, TextTask, pad_right
+from fastlora.train.tasks.base import Evaluation, Example, batches, to_device
+from fastlora.train.tasks.text import IGNORED, TextTask, ends_of, pad_right
 
-SCORED = 64  # rows whose outputs are generated for exact match and overlap
-NEW_TOKENS = 64
+SCORED = 256  # rows whose outputs are generated for exact match and overlap, at most
 
 
 class Seq2Seq(TextTask):
@@ -64,9 +63,9 @@ class Seq2Seq(TextTask):
             learnt = int((inputs["labels"] != IGNORED).sum())
             total, count = total + float(outputs.loss) * learnt, count + learnt
         loss = total / max(count, 1)
-        chosen = list(examples[:SCORED])
-        written = self._write(model, [e["source"] for e in chosen], batch_size)
-        pairs = list(zip((e["target"] for e in chosen), written, strict=True))
+        chosen = spread(examples, SCORED)
+        written = self._write(model, chosen, batch_size)
+        pairs = [(e["target"], text) for e, (text, _) in zip(chosen, written, strict=True)]
         found = {
             "loss": loss,
             "perplexity": perplexity(loss),
@@ -74,32 +73,57 @@ class Seq2Seq(TextTask):
             "f1": sum(overlap(t, w) for t, w in pairs) / max(len(pairs), 1),
         }
         samples = [(e["source"][:300], t, w) for e, (t, w) in zip(chosen[:5], pairs, strict=False)]
-        return Evaluation(found, samples=samples)
+        cut = sum(short for _, short in written)
+        notes = [
+            f"exact_match and f1 are of the outputs for {len(chosen)} of {len(examples)} rows, of"
+            f" which {cut} were cut at {self.new_tokens} tokens (data.max_new_tokens)"
+        ]
+        return Evaluation(found, samples=samples, notes=notes)
 
-    def _write(self, model: Any, sources: Sequence[str], batch_size: int) -> list[str]:
-        found: list[str] = []
+    def measure(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Let the model write as much as the longest target has; return that in words."""
+        known = [*examples["train"], *examples["valid"]]
+        return self.limit_output(max(len(example["labels"]) for example in known))
+
+    def _write(
+        self, model: Any, examples: Sequence[Example], batch_size: int
+    ) -> list[tuple[str, bool]]:
+        """Return the text for each example, and whether it was cut."""
+        found: list[tuple[str, bool]] = []
         device = next(model.parameters()).device
         was_training, cached = model.training, model.config.use_cache
+        ends = ends_of(self.tokenizer, model)
         model.eval()
         model.config.use_cache = True
         try:
-            for start in range(0, len(sources), batch_size):
-                rows = [self.encode(text) for text in sources[start : start + batch_size]]
-                inputs = {key: value.to(device) for key, value in self.pad(rows).items()}
+            for start in range(0, len(examples), batch_size):
+                inputs = to_device(self.pad(examples[start : start + batch_size]), device)
                 with torch.no_grad():
                     out = model.generate(
-                        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
+                        **inputs, max_new_tokens=self.new_tokens, do_sample=False, num_beams=1
                     )
-                found += self.tokenizer.batch_decode(out, skip_special_tokens=True)
+                texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+                short = [not ends & set(row[1:]) for row in out.tolist()]
+                found += zip(texts, short, strict=True)
         finally:
             model.train(was_training)
             model.config.use_cache = cached
         return found
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
-        """Return the text for each source."""
-        sources = [self.text(row, "source") for row in rows]
-        return [{"text": text} for text in self._write(model, sources, batch_size)]
+    def ask(self, row: Row) -> Example:
+        """Return the source's tokens."""
+        return self.encode(self.text(row, "source"))
+
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
+        """Return the text for each source, and whether it was cut."""
+        found = self._write(model, asked, batch_size)
+        return [{"text": text, "cut": short} for text, short in found]
+
+
+def spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """Return at most so many examples, evenly spaced."""
+    count = min(len(examples), most)
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 TASK = Seq2Seq

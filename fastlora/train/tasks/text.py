@@ -12,10 +12,14 @@ import transformers
 from fastlora.train.data.rows import BadRow, Row
 from fastlora.train.models import Loaded, load_model, place_of
 from fastlora.train.refusal import Refusal
+from fastlora.train.strategies import strategy
 from fastlora.train.tasks.base import Example, Task
 
 IGNORED = -100
 """The label of what is not learnt."""
+SHORTEST = 64
+"""What a model may write at least, where the user does not say."""
+_NO_LIMIT = 10**9
 
 
 class TextTask(Task):
@@ -23,6 +27,8 @@ class TextTask(Task):
 
     Attributes:
         tokenizer: the model's.
+        max_length: tokens of an example at most.
+        places: tokens that the model has places for, virtual ones left out.
     """
 
     def prepare(self) -> None:
@@ -32,21 +38,51 @@ class TextTask(Task):
             raise Refusal(f"the model must read text for task {self.name}, but {name} sees images")
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place_of(name))
+            config = transformers.AutoConfig.from_pretrained(place_of(name))
         except (OSError, ValueError, KeyError) as error:
             said = " ".join(str(error).split())[:300]
             raise Refusal(f"the model {name} must have a tokenizer, but: {said}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        limit = getattr(self.tokenizer, "model_max_length", 10**9)
-        self.max_length = min(self.config.data.max_length, limit if limit > 0 else 10**9)
+        self._limit(config)
+
+    def _limit(self, config: Any) -> None:
+        """Find how many tokens the model takes.
+
+        Raises:
+            Refusal: the virtual tokens of the method leave no place for others.
+        """
+        virtual = strategy(self.config.method)(self.config.adapter).virtual_tokens
+        found = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        self.places = (found if found > 0 else _NO_LIMIT) - virtual
+        limit = getattr(self.tokenizer, "model_max_length", 0)
+        most = min(self.places, (limit if limit > 0 else _NO_LIMIT) - virtual)
+        if most < 2:
+            raise Refusal(
+                f"adapter.num_virtual_tokens must leave places for the input, but {virtual} of the"
+                f" model's {most + virtual} were asked for; lower it"
+            )
+        self.virtual = virtual
+        self.max_length = min(self.config.data.max_length, most)
 
     def notes(self) -> list[str]:
         """Return the columns, and whether the model takes less than was asked for."""
         asked = self.config.data.max_length
         if self.max_length < asked:
-            lowered = f"max_length is {self.max_length}, the most that the model takes, not {asked}"
-            return [*super().notes(), lowered]
+            beside = f" beside {self.virtual} virtual tokens" if self.virtual else ""
+            most = f"the most that the model takes{beside}"
+            return [*super().notes(), f"max_length is {self.max_length}, {most}, not {asked}"]
         return super().notes()
+
+    def limit_output(self, longest: int) -> list[str]:
+        """Set how much the model writes at most, and return that in words.
+
+        Args:
+            longest: tokens of the longest answer that is known.
+        """
+        asked = self.config.data.max_new_tokens
+        self.new_tokens = min(asked or max(longest, SHORTEST), self.places)
+        return [f"the model writes at most {self.new_tokens} tokens (data.max_new_tokens)"]
 
     def text(self, row: Row, role: str) -> str:
         """Return a column's text.
@@ -126,3 +162,10 @@ def pad_right(
         value = fill.get(name, 0)
         batch[name] = torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
     return batch
+
+
+def ends_of(tokenizer: Any, model: Any) -> set[int]:
+    """Return the tokens with which a model ends what it writes."""
+    found = model.generation_config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list) else {found}

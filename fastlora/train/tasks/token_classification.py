@@ -121,16 +121,21 @@ class TokenClassification(TextTask):
             found.scores["entity_f1"] = entities.f1()
         return found
 
-    def predict(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Any]:
+    def ask(self, row: Row) -> Example:
+        """Return the words' tokens, which of them begin a word, and how many words there are."""
+        words = self._words(row)
+        inputs, places = self._inputs(words)
+        ignored = [IGNORED] * len(places)
+        return {**inputs, "labels": ignored, "places": places, "words": len(words)}
+
+    def predict(self, model: nn.Module, asked: Sequence[Any], batch_size: int) -> list[Any]:
         """Return each row's tags, one per word; None for words that were cut off."""
-        found: list[Any] = [None] * len(rows)
-        made = [self._inputs(self._words(row)) for row in rows]
-        examples = [{**inputs, "labels": [IGNORED] * len(places)} for inputs, places in made]
+        found: list[Any] = [None] * len(asked)
         assert self.classes is not None
-        for chosen, _, outputs in batches(self, model, examples, batch_size):
+        for chosen, _, outputs in batches(self, model, asked, batch_size):
             for index, best in zip(chosen, outputs.logits.argmax(-1).tolist(), strict=True):
-                tags: list[str | None] = [None] * len(self._words(rows[index]))
-                for place, word in enumerate(made[index][1]):
+                tags: list[str | None] = [None] * asked[index]["words"]
+                for place, word in enumerate(asked[index]["places"]):
                     if word is not None:
                         tags[word] = self.classes[best[place]]
                 found[index] = {"tags": tags}
