@@ -20,6 +20,7 @@ from fastlora.train.run import Run
 from fastlora.train.strategies import strategies
 from fastlora.train.tasks import tasks
 from tests.train import world
+from tests.train.test_runs import fits
 
 QUIET = Console(quiet=True)
 RENAMED = {"regression": ("label", "score")}  # the page's name of a column
@@ -73,6 +74,14 @@ def test_the_rows_of_a_page_are_rows_of_the_task(task: str) -> None:
 
 def read_config_of(page: str) -> RunConfig:
     return as_config(parse_yaml(starters.yaml_of(page), "page"), "page")
+
+
+@pytest.mark.parametrize("task", sorted(tasks()))
+def test_the_page_of_a_task_names_the_methods_that_it_takes(task: str) -> None:
+    line = re.search(r"^method: (\w+) +# or (.*)$", starters.pages("tasks")[task], re.MULTILINE)
+    assert line is not None
+    named = {line.group(1), *line.group(2).split(", ")}
+    assert named == {method for method in strategies() if fits(task, method)}
 
 
 def test_starters_are_refused_where_a_file_is(tmp_path: Path) -> None:
