@@ -162,6 +162,26 @@ def _first_file(place: str) -> str | None:
     return shard
 
 
+def places_of(config: Any) -> int | None:
+    """Return how many tokens a model has places for; None: its config does not say.
+
+    An embedding of positions that has a row for padding counts from the row after that.
+    """
+    said: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if said < 1:
+        return None
+    with torch.device("meta"):
+        body = transformers.AutoModel.from_config(config)
+    taken = [
+        module.padding_idx + 1
+        for name, module in body.named_modules()
+        if "position" in name
+        and isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+    ]
+    return said - max(taken, default=0)
+
+
 def check_causal(model: Any, name: str) -> None:
     """Raise unless a model predicts each token from those before it alone.
 

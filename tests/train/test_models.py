@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastlora.train.config import read_config
 from fastlora.train.data.rows import Row
-from fastlora.train.models import load_model, stored_dtype
+from fastlora.train.models import load_model, places_of, stored_dtype
 from fastlora.train.prepare import prepare
 from fastlora.train.refusal import Refusal
 from fastlora.train.run import Run
@@ -112,6 +112,22 @@ def test_what_sees_the_tokens_that_it_should_predict_is_no_language_model(tmp_pa
     said = tmp_path / "bert" / "config.json"
     said.write_text(json.dumps({**json.loads(said.read_text()), "is_decoder": True}))
     assert made.load(None, None).head == []
+
+
+def test_the_places_of_a_model() -> None:
+    import transformers
+
+    assert places_of(world.config_of("bert")[0]) == places_of(world.config_of("llama")[0]) == 64
+    assert places_of(world.config_of("t5")[0]) is None
+    padded = transformers.RobertaConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    assert places_of(padded) == 32
+    body = transformers.AutoModel.from_config(padded)
+    body(input_ids=torch.full((1, 32), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        body(input_ids=torch.full((1, 33), 5))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

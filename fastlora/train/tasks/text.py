@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fastlora.train.data.rows import BadRow, Row
-from fastlora.train.models import Loaded, load_model, place_of
+from fastlora.train.models import Loaded, load_model, place_of, places_of
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks.base import Example, Task
@@ -53,8 +53,7 @@ class TextTask(Task):
             Refusal: the virtual tokens of the method leave no place for others.
         """
         virtual = strategy(self.config.method)(self.config.adapter).virtual_tokens
-        found = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-        self.places = (found if found > 0 else _NO_LIMIT) - virtual
+        self.places = (places_of(config) or _NO_LIMIT) - virtual
         limit = getattr(self.tokenizer, "model_max_length", 0)
         most = min(self.places, (limit if limit > 0 else _NO_LIMIT) - virtual)
         if most < 2:
