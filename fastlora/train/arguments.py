@@ -16,7 +16,7 @@ import torch
 import transformers
 from pydantic import TypeAdapter, ValidationError
 
-from fastlora.train.config import RunConfig
+from fastlora.train.config import MOST_SEED, RunConfig
 from fastlora.train.refusal import Refusal, check_known
 from fastlora.train.strategies import strategy
 
@@ -49,7 +49,6 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
 }
 _ABOVE_0 = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_MOST_SEED = 2**32 - 1
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OURS = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names"}
 
@@ -148,8 +147,8 @@ def _check_range(key: str, value: Any) -> None:
     if least is not None and value < least:
         kind = "whole number" if isinstance(value, int) else "number"
         raise Refusal(f"train.{key} must be a {kind} of at least {least}, got {value!r}")
-    if key in ("seed", "data_seed") and value > _MOST_SEED:
-        raise Refusal(f"train.{key} must be at most {_MOST_SEED}, got {value!r}")
+    if key in ("seed", "data_seed") and value > MOST_SEED:
+        raise Refusal(f"train.{key} must be at most {MOST_SEED}, got {value!r}")
     if key in _ABOVE_0 and value <= 0:
         raise Refusal(f"train.{key} must be above 0, got {value!r}")
     if key == "max_steps" and value < 1 and value != -1:

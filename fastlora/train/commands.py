@@ -14,12 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from fastlora.train import directory
-from fastlora.train.config import RunConfig, read_config
+from fastlora.train.config import MOST_SEED, RunConfig, read_config
 from fastlora.train.output import check_file, check_new
 from fastlora.train.refusal import Refusal
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-_MOST_SEED = 2**32 - 1
 
 
 def train(file: Path, overrides: Sequence[str], console: Console) -> None:
@@ -75,9 +74,9 @@ def _seeds(text: str) -> list[int]:
         found = [int(seed) for seed in text.split(",")]
     except ValueError:
         raise Refusal(f"--seeds must be whole numbers, as in 0,1,2, got {text!r}") from None
-    wrong = [seed for seed in found if not 0 <= seed <= _MOST_SEED]
+    wrong = [seed for seed in found if not 0 <= seed <= MOST_SEED]
     if wrong:
-        raise Refusal(f"--seeds must be from 0 to {_MOST_SEED}, got {wrong[0]}")
+        raise Refusal(f"--seeds must be from 0 to {MOST_SEED}, got {wrong[0]}")
     return list(dict.fromkeys(found))
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastlora.train.refusal import Refusal, nearest
 
 MAX_BYTES = 2**20
+MOST_SEED = 2**32 - 1
 
 
 class Section(BaseModel):
@@ -93,7 +94,7 @@ class RunConfig(Section):
         model: a directory, a hub id, "timm:NAME", or "nano", the bundled language model.
         task: one of `fastlora.train.tasks.TASKS`.
         data: see `DataSection`.
-        method: one of `fastlora.train.strategies.STRATEGIES`.
+        method: the name of one of `fastlora.train.strategies.strategies()`.
         adapter: the fields of the method's config, by PEFT's names.
         quantize: how the frozen base is stored; None: as it is.
         train: fields of transformers' TrainingArguments and those of `fastlora.train.arguments`;

@@ -23,6 +23,7 @@ from fastlora.train.config import read_config
 from fastlora.train.data.rows import BadRow
 from fastlora.train.refusal import Refusal
 from fastlora.train.run import Run
+from fastlora.train.strategies import strategies
 from tests.train import world
 
 QUIET = Console(quiet=True)
@@ -144,6 +145,18 @@ def test_finished_runs_are_taken_if_they_are_of_this_config(tmp_path: Path) -> N
         pytest.raises(Refusal, match="output must not be in use"),
     ):
         compared(file)
+
+
+def test_all_methods_are_compared_unless_some_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(comparing, "compare", lambda *asked: found.append(asked[1]))
+    file = world.write_run(tmp_path, "classification", "head")
+    commands.compare(file, None, "0", [], QUIET)
+    commands.compare(file, "lora, head,lora", "0", [], QUIET)
+    assert found == [list(strategies()), ["lora", "head"]]
+    assert found[0][:3] == ["full", "head", "partial"]
 
 
 def test_what_compare_refuses(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+from rich.console import Console
 
+from fastlora.train import results
+from fastlora.train.config import read_config
 from fastlora.train.models import Loaded
+from fastlora.train.run import Run
 from fastlora.train.strategies import strategy
 from tests.train import world
 
@@ -53,6 +58,13 @@ def test_generation_uses_the_virtual_tokens(method: str) -> None:
             without = step_by_step(model, tokens, 5)
     assert torch.equal(got, want)
     assert not torch.equal(want, without)
+
+
+def test_the_report_finds_the_patched_base(tmp_path: Path) -> None:
+    file = world.write_run(tmp_path, "classification", "prefix", quantize="nf4")
+    rows = results.patch_rows(Run(read_config(file), Console(quiet=True)).model)
+    assert rows is not None and {row["format"] for row in rows["modules"]} == {"nf4"}
+    assert results.patch_rows(torch.nn.Linear(2, 2)) is None
 
 
 def test_an_encoder_takes_the_prefix() -> None:
