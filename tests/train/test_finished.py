@@ -20,6 +20,7 @@ from fastlora.train.prepare import prepare
 from fastlora.train.refusal import Refusal
 from fastlora.train.run import Run
 from fastlora.train.tasks import task
+from fastlora.train.tasks.seq2seq import spread
 from tests.train import world
 
 QUIET = Console(quiet=True)
@@ -114,6 +115,8 @@ def test_a_conversation_is_answered_and_cuts_are_counted(
         file.write_text(file.read_text().replace('"messages"', '"dialog"'))
     fields = {"messages": "dialog", "max_new_tokens": 1}
     output = trained(tmp_path, "instruction", data=fields, train={"learning_rate": 0.0})
+    assert "base: " in (output / "report.html").read_text()
+    assert " ...\n" in (output / "report.html").read_text()  # the samples are cut, and say so
     turns = [{"role": "user", "content": "a small model"}]
     data = write(tmp_path / "open.jsonl", [{"dialog": turns}])
     console = heard()
@@ -173,3 +176,9 @@ def test_the_longest_answer_bounds_what_is_written(tmp_path: Path) -> None:
     answers = [-100, *[1] * 60, -100, *[1] * 3]
     talk.measure({"train": [{"labels": answers}], "valid": [{"labels": [1] * 3}]})
     assert talk.new_tokens == 64  # the model has no place for more
+
+
+def test_outputs_are_scored_on_rows_from_everywhere() -> None:
+    rows = [{"n": i} for i in range(1000)]
+    chosen = [row["n"] for row in spread(rows, 4)]
+    assert chosen == [0, 250, 500, 750] and spread(rows[:3], 4) == rows[:3]
