@@ -116,7 +116,7 @@ def kron_linear(
     y = ops.linear(x, stored, bias, None, backend)
     if dropout:
         wide = x.to(halves(w1)[0].dtype)
-        x = ops.drop(wide, ops.dropout_seed(x) if seed is None else seed, dropout, backend)
+        x = ops.drop(wide, ops.dropout_seed(x) if seed is None else seed, dropout)
     return add_kron_product(y, x, scaled(w1, float(scaling)), w2, backend)
 
 

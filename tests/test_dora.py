@@ -90,7 +90,7 @@ class OurDropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.drop(x, ops.dropout_seed(x), self.p, "reference")
+        return ops.drop(x, ops.dropout_seed(x), self.p)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
@@ -286,3 +286,10 @@ def test_a_row_of_zeros_with_a_magnitude_is_zero(backend: str) -> None:
     assert not y[:, 3].any()
     for grad in torch.autograd.grad(y, leaves, 100 * torch.ones_like(y)):
         assert torch.isfinite(grad).all()
+
+
+def test_dropout_on_every_backend(backend: str) -> None:
+    """With dropout there are products with x as it is and with x dropped out."""
+    model = patch_model(plain(), LoraConfig(r=2, use_dora=True, lora_dropout=0.3), backend=backend)
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

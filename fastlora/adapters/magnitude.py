@@ -97,7 +97,7 @@ def call(
         alone = partial(_alone, x, base, params[NAME], update)
         return Call(x, None, update, scaled, alone)
     g = scale(base, x, params, update, training)
-    dropped = ops.drop(x, ops.dropout_seed(x), dropout, base.backend)
+    dropped = ops.drop(x, ops.dropout_seed(x), dropout)
 
     def finish(z: Tensor) -> Tensor:
         rest = ops.linear(x - dropped, base.weight, base.bias, None, base.backend)

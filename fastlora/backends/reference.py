@@ -27,7 +27,6 @@ AUTO_COMPUTES = ("auto",)  # what it does in 8 bits is slow: to look at, and to 
 __all__ = [
     "PRIORITY",
     "dequantize",
-    "drop",
     "experts_linear",
     "experts_linear_backward",
     "lora_linear",
@@ -212,15 +211,6 @@ def scale_columns_backward(
     if z is None:
         raise ValueError("the gradient of the scale needs z, got None; pass it")
     return dz, (dy.to(scale.dtype) * z).sum(0)
-
-
-def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Return x (M, K) with some elements zero and the others times ``1 / (1 - dropout)``.
-
-    The mask is `fastlora_kernels.low_rank.keep_mask`; this is its own gradient.
-    """
-    keep = keep_mask(seed, x.shape[0], x.shape[1], dropout)
-    return (x * keep_scale(dropout)).masked_fill_(~keep, 0)
 
 
 def _product(x: Tensor, weight: StoredWeight, n: int, k: int, bias: Tensor | None) -> Tensor:
