@@ -30,8 +30,8 @@ class DataSection(Section):
             sub-folder per class, or a hub data set's id.
         valid: as `train`; None: `valid_fraction` of the training rows.
         test: as `train`; None: the validation rows are the test.
-        retain: texts that a language model should still be good at; their perplexity is measured
-            before and after.
+        retain: texts that the model should still be good at; the perplexity of their words, or
+            of some that are masked for an encoder, is measured before and after.
         valid_fraction: share of the training rows that are held out when `valid` is None.
         max_length: tokens per example; what is longer is cut, and counted.
         max_new_tokens: the most that a model writes; None: the longest answer of the training and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class Loaded:
         model: on the device that it trains on.
         head: full names of the modules that were made anew for the task.
         notes: what was done to it without a word from the user.
+        fresh: names of the tensors that the checkpoint does not have.
     """
 
     model: Any
     head: list[str]
     notes: list[str]
+    fresh: list[str] = field(default_factory=list)
 
 
 def place_of(name: str) -> str:
@@ -125,7 +127,7 @@ def load_model(
     if others:
         notes.append(f"not in the checkpoint, and made anew: {', '.join(others[:6])}")
     _check_packed(model, quantize, name)
-    return Loaded(model, head, notes)
+    return Loaded(model, head, notes, fresh)
 
 
 def _note_of_head(head: list[str], anew: bool, count: str) -> str:

@@ -13,10 +13,12 @@ from fastlora.train.config import ROLES
 from fastlora.train.data.cleaning import CleaningReport
 from fastlora.train.data.columns import find_columns
 from fastlora.train.data.rows import read_rows
+from fastlora.train.masked import MaskedText, module_of
 from fastlora.train.prepare import examples_of
 from fastlora.train.tasks.base import Example, Task, to_device
 from fastlora.train.tasks.causal_lm import CausalLM
 from fastlora.train.tasks.language import LanguageTask
+from fastlora.train.tasks.text import TextTask
 
 LOOKED_AT = 32
 
@@ -31,7 +33,7 @@ def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example
         examples: the inputs; the first 32 are taken.
     """
     found: list[Tensor] = []
-    module = next(m for name, m in model.named_modules() if f".{name}".endswith(f".{body}"))
+    module = module_of(model, body)
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
@@ -54,19 +56,28 @@ def features(task: Task, model: nn.Module, body: str, examples: Sequence[Example
     return torch.stack(found[:LOOKED_AT])
 
 
-def old_texts(task: Task, report: CleaningReport) -> tuple[LanguageTask, list[Example]] | None:
+def old_texts(
+    task: Task, report: CleaningReport, base: nn.Module
+) -> tuple[LanguageTask, list[Example]] | None:
     """Return the examples of data.retain and the task that scores them; None: there are none.
 
-    What is found in them is added to the report.
+    A language model is scored on the next word, another one on words that are masked.
+
+    Args:
+        task: of the run.
+        report: what is found in the texts is added to it.
+        base: the model as it was loaded.
 
     Raises:
-        Refusal: the texts can't be read.
+        Refusal: the texts can't be read, or the model can't be scored on them.
     """
     source = task.config.data.retain
-    if source is None or not isinstance(task, LanguageTask):
+    if source is None or not isinstance(task, TextTask):
         return None
-    plain = CausalLM(task.config)
+    plain = (CausalLM if isinstance(task, LanguageTask) else MaskedText)(task.config)
     plain.tokenizer, plain.max_length, plain.places = task.tokenizer, task.max_length, task.places
+    if isinstance(plain, MaskedText):
+        plain.take(base)
     rows = read_rows(source, "retain", task.config.data.bad_rows == "skip")
     roles = {name: None for name in ROLES}
     data = task.config.data.model_copy(update=roles)

@@ -32,7 +32,6 @@ from fastlora.train.refusal import Refusal
 from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
 from fastlora.train.tasks.base import Evaluation
-from fastlora.train.tasks.language import LanguageTask
 from fastlora.train.trainer import Tuner, learns_statistics
 
 
@@ -106,7 +105,7 @@ class Run:
         self.head, budget = loaded.head, self.extras.memory_budget_gib
         memory.check_budget(loaded.model, budget)
         self.before = self._score_base(loaded.model, batch_size)
-        self.old_texts = retention.old_texts(self.task, self.data.report)
+        self.old_texts = retention.old_texts(self.task, self.data.report, loaded.model)
         self.old_before = self._old_perplexity(loaded.model)
         self.body = retention.body_of(loaded.model)
         if self.body is not None:
@@ -206,11 +205,8 @@ class Run:
                 f"quantize must be left out for method {method.name}, which trains the base's own"
                 " weights; 4-bit weights stay as they are"
             )
-        if self.config.data.retain and not isinstance(self.task, LanguageTask):
-            raise Refusal(
-                f"data.retain is text for language models, but task {self.task.name} has none;"
-                " leave it out"
-            )
+        if self.config.data.retain and self.task.vision:
+            raise Refusal(f"data.retain is text, but task {self.task.name} has none; leave it out")
         if not method.packs and self.config.data.packing:
             raise Refusal(f"data.packing must be false for method {method.name}; leave it out")
         for key in ("gradient_checkpointing", "activation_checkpointing"):

@@ -19,6 +19,7 @@ from fastlora.train import compare as comparing
 from fastlora.train.config import read_config
 from fastlora.train.refusal import Refusal
 from fastlora.train.run import Run
+from tests import offline
 from tests.train import world
 
 QUIET = Console(quiet=True)
@@ -126,9 +127,41 @@ def test_what_a_language_model_forgets_is_measured(tmp_path: Path) -> None:
     metrics = json.loads((output / "metrics.json").read_text())
     found = metrics["retain_perplexity"]
     assert found["after"] != found["before"] > 1
+    (tmp_path / "images").mkdir()
+    file = world.write_run(tmp_path / "images", "image-classification", "lora", **old)
+    with pytest.raises(Refusal, match=r"data\.retain is text, but task image-classification"):
+        Run(read_config(file), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("method", "quantize"), [("full", None), ("lora", "nf4"), ("prompt", None)]
+)
+def test_what_an_encoder_forgets_is_measured(
+    tmp_path: Path, method: str, quantize: str | None
+) -> None:
+    import transformers
+
+    config, _ = world.config_of("bert")
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    words = offline.tokenizer()
+    words.mask_token = "<unk>"
+    words.save_pretrained(tmp_path / "bert")
+    (tmp_path / "old.txt").write_text("yes no good bad question answer " * 20)
+    old: dict[str, Any] = {"data": {"retain": str(tmp_path / "old.txt")}}
+    output = trained(tmp_path, "classification", method, quantize=quantize, **old)
+    found = json.loads((output / "metrics.json").read_text())["retain_perplexity"]
+    assert found["before"] > 1
+    # virtual tokens leave the base as it is
+    assert (found["after"] == found["before"]) == (method == "prompt")
+
+
+def test_an_encoder_without_the_layer_of_its_pre_training_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("yes no good bad")
+    old: dict[str, Any] = {"data": {"retain": str(tmp_path / "old.txt")}}
     file = world.write_run(tmp_path, "classification", "lora", **old)
-    with pytest.raises(Refusal, match=r"data\.retain is text for language models"):
-        Run(read_config(file, [f"output={tmp_path / 'other'}"]), QUIET)
+    with pytest.raises(Refusal, match=r"but .*bert does not have the layer for them; leave it out"):
+        Run(read_config(file), QUIET)
 
 
 def test_recommendation_is_the_cheapest_that_is_as_good() -> None:

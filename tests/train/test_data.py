@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -165,9 +166,9 @@ def test_an_empty_text_to_remember_is_named_or_left_out(tmp_path: Path) -> None:
     option = f"data.retain={tmp_path / 'old.jsonl'}"
     made, data = prepared(tmp_path, "causal-lm", option)
     with pytest.raises(Refusal, match=r"old.jsonl:2: 'text' must not be empty; mend it"):
-        retention.old_texts(made, data.report)
+        retention.old_texts(made, data.report, nn.Identity())
     made, data = prepared(tmp_path, "causal-lm", option, "data.bad_rows=skip")
-    found = retention.old_texts(made, data.report)
+    found = retention.old_texts(made, data.report, nn.Identity())
     assert found is not None and len(found[1]) == 1
     assert data.report.rows["retain"] == 1 and len(data.report.bad["retain"]) == 1
 
