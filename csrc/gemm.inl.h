@@ -177,8 +177,9 @@ inline void row_block(const Gemm<T, O>& g, const Workspace<Compute>& s, const Pa
 #endif
     const int64_t lda = direct ? part.lda : PACKED;
     if constexpr (std::is_same<Compute, float>::value) {  // the partial sums are the tile
-      const int64_t ld = step.first && step.last ? GROUP : step.stride;
-      float* sums = step.first && step.last ? tile : step.partial + (position - step.position) * ld + c;
+      const bool whole = step.first && step.last;
+      const int64_t ld = whole ? GROUP : step.stride;
+      float* sums = whole ? tile : step.partial + (position - step.position) * ld + c;
       micro(from, lda, count, depth, s.panel + c * stride, sums, ld, !step.first);
       if (step.last && low) {
         const float* u = s.u + low_rank_place(g.lora.r, c) + span.rank * GROUP;

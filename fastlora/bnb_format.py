@@ -104,8 +104,8 @@ def from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
 
 def _broken(name: str, wanted: str, given: object) -> ValueError:
     return ValueError(
-        f"The 4-bit weight {name!r} must have {wanted}, got {given}; "
-        "the checkpoint is damaged or not in bitsandbytes' 4-bit format, so fetch or save it again."
+        f"the 4-bit weight {name!r} must have {wanted}, got {given}; "
+        "the checkpoint is damaged or not in bitsandbytes' 4-bit format, so fetch or save it again"
     )
 
 

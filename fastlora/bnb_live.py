@@ -42,8 +42,8 @@ def from_params(weight: Any) -> dict[str, Any]:
     if state.quant_type not in FORMATS or state.blocksize not in BLOCKSIZES:
         wanted = f"a quant_type of {sorted(FORMATS)} and a blocksize of {list(BLOCKSIZES)}"
         raise ValueError(
-            f"A bitsandbytes weight must have {wanted}, got {state.quant_type!r} and "
-            f"{state.blocksize!r}; quantise it again."
+            f"a bitsandbytes weight must have {wanted}, got {state.quant_type!r} and "
+            f"{state.blocksize!r}; quantise it again"
         )
     if getattr(state, "packing_format_for_cpu", False):
         packed, state = _unpack_for_cpu(packed, state)
@@ -51,8 +51,8 @@ def from_params(weight: Any) -> dict[str, Any]:
     if state.nested:
         if state.state2.blocksize != NESTED_BLOCKSIZE:
             raise ValueError(
-                f"Double-quantised magnitudes must come in groups of {NESTED_BLOCKSIZE}, got "
-                f"{state.state2.blocksize}; quantise the weight again."
+                f"double-quantised magnitudes must come in groups of {NESTED_BLOCKSIZE}, got "
+                f"{state.state2.blocksize}; quantise the weight again"
             )
         nested = (state.state2.absmax, state.state2.code, state.offset)
     absmax = state.absmax if state.nested else state.absmax.float()
@@ -68,13 +68,13 @@ def _live_parts(weight: Any) -> tuple[Tensor, Any]:
         packed, state = weight, getattr(weight, "quant_state", weight)
         if state is None:
             raise ValueError(
-                "A bitsandbytes weight must be quantised before it is converted, but this one has "
-                "no quant_state yet; move its layer to a device first, which quantises it."
+                "a bitsandbytes weight must be quantised before it is converted, but this one has "
+                "no quant_state yet; move its layer to a device first, which quantises it"
             )
     if not isinstance(packed, Tensor) or not hasattr(state, "absmax"):
         raise TypeError(
             "from_bnb takes a bitsandbytes Params4bit or a pair (packed tensor, QuantState), got "
-            f"{type(weight).__name__}; pass one of these, or use quantize_4bit on a dense tensor."
+            f"{type(weight).__name__}; pass one of these, or use quantize_4bit on a dense tensor"
         )
     return packed.detach().as_subclass(Tensor), state
 

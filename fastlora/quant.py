@@ -28,20 +28,20 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _check_scheme(quant_type: str, blocksize: int, double_quant: bool) -> None:
     if quant_type not in FORMATS:
         raise ValueError(
-            f"quant_type must be one of {sorted(FORMATS)}, got {quant_type!r}; pass one of these."
+            f"quant_type must be one of {sorted(FORMATS)}, got {quant_type!r}; pass one of these"
         )
     if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
         raise ValueError(
-            f"blocksize must be one of {list(BLOCKSIZES)}, got {blocksize!r}; pass one of these."
+            f"blocksize must be one of {list(BLOCKSIZES)}, got {blocksize!r}; pass one of these"
         )
     if not isinstance(double_quant, bool):
-        raise TypeError(f"double_quant must be True or False, got {double_quant!r}; pass a bool.")
+        raise TypeError(f"double_quant must be True or False, got {double_quant!r}; pass a bool")
 
 
 def _check_float(dtype: torch.dtype, what: str) -> None:
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"{what} must be float32, bfloat16 or float16, got {dtype}; convert to one of these."
+            f"{what} must be float32, bfloat16 or float16, got {dtype}; convert to one of these"
         )
 
 
@@ -98,7 +98,7 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         _check_scheme(self.quant_type, self.blocksize, self.double_quant)
-        _check_float(self.dtype, "The dtype of a 4-bit weight")
+        _check_float(self.dtype, "the dtype of a 4-bit weight")
         blocks = -(-self.numel // self.blocksize)
         absmax_dtype = torch.uint8 if self.double_quant else torch.float32
         self._check("packed", self.packed, torch.uint8, ((self.numel + 1) // 2, 1))
@@ -120,7 +120,7 @@ class QuantizedWeight:
             raise ValueError(
                 f"{name} of a 4-bit weight of shape {self.shape} must be contiguous {dtype} "
                 f"{shape}, got {tensor.dtype} {tuple(tensor.shape)}; pass the tensors that "
-                "belong together."
+                "belong together"
             )
 
     @property
@@ -155,8 +155,8 @@ class QuantizedWeight:
         """
         if len(self.shape) != 2:
             raise ValueError(
-                f"A kernel reads a matrix, but this 4-bit weight has shape {self.shape}; "
-                "dequantise it instead."
+                f"a kernel reads a matrix, but this 4-bit weight has shape {self.shape}; "
+                "dequantise it instead"
             )
         return self._stored_as(*self.shape)
 
@@ -173,7 +173,7 @@ class QuantizedWeight:
             TypeError: another dtype.
         """
         dtype = self.dtype if dtype is None else dtype
-        _check_float(dtype, "The dtype to dequantise to")
+        _check_float(dtype, "the dtype to dequantise to")
         stored = self._stored_as(1, self.numel)
         read = native.dequantize_4bit if self.packed.device.type == "cpu" else dequantize
         return read(stored, 1, self.numel, dtype).view(self.shape)
@@ -225,7 +225,7 @@ class QuantizedWeight:
         try:
             return cls(**fields)
         except ValueError as error:
-            sentence = f"The checkpoint's {prefix!r} does not fit together: {error}"
+            sentence = f"the checkpoint's {prefix!r} does not fit together: {error}"
             raise ValueError(sentence) from None
 
     @classmethod
@@ -281,12 +281,12 @@ def quantize_4bit(
     """
     _check_scheme(quant_type, blocksize, double_quant)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; pass a tensor.")
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; pass a tensor")
     _check_float(weight.dtype, "weight")
     if weight.dim() == 0 or weight.numel() == 0:
         raise ValueError(
             "weight must have at least one dimension and one value, got shape "
-            f"{tuple(weight.shape)}; pass a tensor that is not empty."
+            f"{tuple(weight.shape)}; pass a tensor that is not empty"
         )
     flat = weight.detach().reshape(-1)
     if flat.device.type == "cpu":
@@ -296,8 +296,8 @@ def quantize_4bit(
     if not bool(torch.isfinite(absmax).all()):
         count = int(torch.isfinite(flat).logical_not_().sum())
         raise ValueError(
-            f"A weight must be finite to be stored in 4 bits, but {count} of its {flat.numel()} "
-            "values are NaN or infinite; repair the checkpoint or leave this weight dense."
+            f"a weight must be finite to be stored in 4 bits, but {count} of its {flat.numel()} "
+            "values are NaN or infinite; repair the checkpoint or leave this weight dense"
         )
     common = (tuple(weight.shape), weight.dtype, quant_type, blocksize)
     if not double_quant:
@@ -305,7 +305,7 @@ def quantize_4bit(
     codes, nested, offset = quantize_absmax(absmax)
     if not bool(torch.isfinite(offset)):
         raise ValueError(
-            "Double quantisation needs block magnitudes whose sum float32 can hold, but this "
-            f"weight's reach {float(absmax.max()):.3g}; pass double_quant=False."
+            "double quantisation needs block magnitudes whose sum float32 can hold, but this "
+            f"weight's reach {float(absmax.max()):.3g}; pass double_quant=False"
         )
     return QuantizedWeight(packed, codes, *common, nested, offset)

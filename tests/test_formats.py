@@ -240,5 +240,5 @@ def test_a_stored_weight_dequantises() -> None:
 
 
 def test_a_dense_weight_has_no_magnitudes() -> None:
-    with pytest.raises(ValueError, match=r"Block magnitudes need a 4-bit weight, .* 'dense'"):
+    with pytest.raises(ValueError, match=r"block magnitudes need a 4-bit weight, .* 'dense'"):
         decoded_absmax(StoredWeight(torch.ones(2, 2), None, None, None, "dense", 0))

@@ -84,7 +84,7 @@ def test_a_weight_refuses_what_does_not_fit() -> None:
         replace(ours, absmax=ours.absmax.double())
     with pytest.raises(ValueError, match=r"nested_absmax .* \(1,\), got torch.float32 \(2,\)"):
         replace(ours, absmax=ours.absmax.to(torch.uint8), nested_absmax=torch.ones(2))
-    with pytest.raises(TypeError, match=r"The dtype to dequantise to must .* got torch.int8"):
+    with pytest.raises(TypeError, match=r"the dtype to dequantise to must .* got torch.int8"):
         ours.dequantize(torch.int8)
     with pytest.raises(ValueError, match=r"reads a matrix, but .* shape \(2, 2, 2\)"):
         quantize_4bit(torch.ones(2, 2, 2)).stored()

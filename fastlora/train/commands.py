@@ -29,7 +29,18 @@ def train(file: Path, overrides: Sequence[str], console: Console) -> None:
         SystemExit: a signal came, training diverged, or 1 after an unexpected error.
     """
     config = read_config(file, overrides)
+    _check_alone()
     guarded(config.output, lambda: _train(config, console))
+
+
+def _check_alone() -> None:
+    """Raise when a launcher started several processes, which would all write one directory."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise Refusal(
+            f"fastlora train must run in one process, but WORLD_SIZE is {count}; start it without a"
+            " launcher, or call patch_model in a script of your own, which may run in several"
+        )
 
 
 def _train(config: RunConfig, console: Console) -> None:

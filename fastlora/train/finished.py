@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fastlora.train import directory
+from fastlora.train.arguments import EVAL_BATCH
 from fastlora.train.config import RunConfig, as_config, parse_yaml
 from fastlora.train.data.cleaning import CleaningReport
 from fastlora.train.data.rows import BadRow, Rows, read_rows
@@ -22,7 +23,6 @@ from fastlora.train.strategies import strategy
 from fastlora.train.tasks import task
 from fastlora.train.tasks.base import Task
 
-BATCH = 32
 CHAT_TOKENS = 256  # of an answer at least, before it is cut
 
 
@@ -97,7 +97,7 @@ def evaluate(path: Path, data: str, console: Console) -> dict[str, float]:
     run.task.check(rows.rows, data)
     report = CleaningReport(bad={"test": rows.bad})
     examples = examples_of(run.task, rows.rows, "test", report)
-    found = run.task.evaluate(run.model, examples, BATCH)
+    found = run.task.evaluate(run.model, examples, EVAL_BATCH)
     for line in [*report.lines(), *found.notes]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for name, value in found.scores.items():
@@ -117,7 +117,7 @@ def predict(path: Path, data: str, output: Path | None, console: Console) -> lis
     rows = run.read(data, predict=True)
     report = CleaningReport(bad={"test": rows.bad})
     asked = usable(rows.rows, run.task.ask, "test", run.task, report)
-    answers = run.task.predict(run.model, [question for _, question in asked], BATCH)
+    answers = run.task.predict(run.model, [question for _, question in asked], EVAL_BATCH)
     lines = [
         json.dumps({**row.values, "prediction": answer}, ensure_ascii=False, default=str)
         for (row, _), answer in zip(asked, answers, strict=True)

@@ -16,9 +16,9 @@ So each direction takes two launches:
 
 `lora_linear_gemv_kernel` is the forward's first launch for one token without matrix instructions.
 
-The three partial kernels have one list of parameters, as one place launches them (`fused.partial_product`);
-the gemv kernel has one token and so ignores M, stride_xm, ORDER, SINGLE and BLOCK_M, and the
-backward kernel, whose weights pass through shared memory, ignores ORDER.
+The three partial kernels have one list of parameters, as one place launches them
+(`fused.partial_product`); the gemv kernel has one token and so ignores M, stride_xm, ORDER, SINGLE
+and BLOCK_M, and the backward kernel, whose weights pass through shared memory, ignores ORDER.
 
 - x (M, K), dy (M, N): float32, bfloat16 or float16, any strides
 - W: packed uint8, row-major over the flattened (N, K); see `dequantize`

@@ -120,15 +120,15 @@ def source_id(csrc: Path) -> str:
 def _load(path: Path) -> ctypes.CDLL:
     if not path.is_file():
         raise ImportError(
-            f"The CPU kernels must be built, but {path} does not exist: {_REBUILD}, "
-            "with a C++17 compiler present."
+            f"the CPU kernels must be built, but {path} does not exist: {_REBUILD}, "
+            "with a C++17 compiler present"
         )
     try:
         if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # torch built with another OpenMP
             ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"{path} cannot be loaded ({error}): {_REBUILD}.") from error
+        raise ImportError(f"{path} cannot be loaded ({error}): {_REBUILD}") from error
 
 
 @functools.cache
@@ -142,20 +142,18 @@ def library() -> ctypes.CDLL:
     lib = _load(path)
     abi = lib.fastlora_abi_version() if hasattr(lib, "fastlora_abi_version") else None
     if abi != _ABI:
-        raise ImportError(f"{path} has C ABI {abi}, but this fastlora needs {_ABI}: {_REBUILD}.")
+        raise ImportError(f"{path} has C ABI {abi}, but this fastlora needs {_ABI}: {_REBUILD}")
     for name, (argtypes, restype) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = argtypes, restype
     csrc = Path(__file__).resolve().parents[2] / "csrc"
     if csrc.is_dir() and (built := lib.fastlora_source_id().decode()) != source_id(csrc):
-        raise ImportError(
-            f"{path} was built from another source than {csrc} ({built}): {_REBUILD}."
-        )
+        raise ImportError(f"{path} was built from another source than {csrc} ({built}): {_REBUILD}")
     wanted = os.environ.get("FASTLORA_CPU_ISA")
     if wanted and lib.fastlora_set_isa(wanted.encode()) != 0:
         raise ImportError(
             f"FASTLORA_CPU_ISA must name an instruction set that this CPU has, one of {ISAS}, "
-            f"got {wanted!r}; unset it to use the widest."
+            f"got {wanted!r}; unset it to use the widest"
         )
     return lib
 
@@ -174,5 +172,5 @@ def set_isa(name: str) -> None:
     """
     if library().fastlora_set_isa(name.encode()) != 0:
         raise ValueError(
-            f"isa must be one of {ISAS} that this CPU has, got {name!r}; use {isa()!r}."
+            f"isa must be one of {ISAS} that this CPU has, got {name!r}; use {isa()!r}"
         )

@@ -186,3 +186,11 @@ def test_a_signal_ends_the_present_run_too(tmp_path: Path) -> None:
     with directory.locked(output / "head-0"):  # nobody has it
         assert list((output / "head-0" / "checkpoints").glob("checkpoint-*"))
     assert not (output / "lora-0").exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = world.write_run(tmp_path, "classification", "lora")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Refusal, match="must run in one process, but WORLD_SIZE is 2; start it"):
+        commands.train(file, [], QUIET)
+    assert not read_config(file).output.exists()

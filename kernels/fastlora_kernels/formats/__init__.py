@@ -73,8 +73,8 @@ def decoded_absmax(weight: StoredWeight) -> Tensor:
     """
     if weight.absmax is None:
         raise ValueError(
-            f"Block magnitudes need a 4-bit weight, but this one is {weight.format!r}; "
-            "use its data as it is."
+            f"block magnitudes need a 4-bit weight, but this one is {weight.format!r}; "
+            "use its data as it is"
         )
     if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax
