@@ -403,7 +403,7 @@ def test_overwriting_takes_models_alone_and_brings_them_back(
     rename = Path.rename
 
     def fail(self: Path, to: Path) -> Path:
-        if self.name.startswith(".saved-") and not self.name.endswith(".old"):
+        if self.name.startswith(".saved.") and not self.name.endswith(".old"):
             raise OSError(5, "Input/output error")
         return rename(self, to)
 
