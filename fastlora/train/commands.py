@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -98,13 +99,7 @@ def evaluate(path: Path, data: str, console: Console) -> None:
         Refusal: bad input.
         SystemExit: 1 after an unexpected error.
     """
-
-    def work() -> None:
-        from fastlora.train import finished
-
-        finished.evaluate(path, data, console)
-
-    guarded(path, work)
+    guarded(path, lambda: _finished().evaluate(path, data, console))
 
 
 def predict(path: Path, data: str, output: Path | None, console: Console) -> None:
@@ -114,15 +109,12 @@ def predict(path: Path, data: str, output: Path | None, console: Console) -> Non
         Refusal: bad input.
         SystemExit: 1 after an unexpected error.
     """
-
-    def work() -> None:
-        from fastlora.train import finished
-
-        finished.predict(path, data, output, console)
-
     if output is not None:
         check_file(output)
-    guarded(path if output is None else output.parent, work)
+    guarded(
+        path if output is None else output.parent,
+        lambda: _finished().predict(path, data, output, console),
+    )
 
 
 def merge(path: Path, output: Path, console: Console) -> None:
@@ -132,14 +124,8 @@ def merge(path: Path, output: Path, console: Console) -> None:
         Refusal: bad input.
         SystemExit: 1 after an unexpected error.
     """
-
-    def work() -> None:
-        from fastlora.train import finished
-
-        finished.merge(path, output, console)
-
     check_new(output)
-    guarded(output.parent, work)
+    guarded(output.parent, lambda: _finished().merge(path, output, console))
 
 
 def chat(path: Path, console: Console) -> None:
@@ -149,13 +135,7 @@ def chat(path: Path, console: Console) -> None:
         Refusal: bad input.
         SystemExit: 1 after an unexpected error.
     """
-
-    def work() -> None:
-        from fastlora.train import finished
-
-        finished.chat(path, console)
-
-    guarded(path, work)
+    guarded(path, lambda: _finished().chat(path, console))
 
 
 def init(task: str, output: Path, console: Console) -> None:
@@ -173,6 +153,13 @@ def init(task: str, output: Path, console: Console) -> None:
 
     check_file(output)
     guarded(output.parent, work)
+
+
+def _finished() -> ModuleType:
+    """Return what works on finished runs, imported when it is asked for."""
+    from fastlora.train import finished
+
+    return finished
 
 
 @contextmanager
