@@ -59,12 +59,15 @@ inline void store_output(const Gemv<T>& g, int64_t i, int64_t row, float sum) {
 struct FloatScheme {
   using Packed = float;
   static constexpr int64_t WEIGHTS = 128;
+  const float* code;
+  int32_t rounding;
+  FloatScheme(const float* code, int32_t rounding) : code(code), rounding(rounding) {}
   static int64_t position(int64_t j) { return j / (2 * VW) * (2 * VW) + j % 2 * VW + j % (2 * VW) / 2; }
+  static void prepare(float*, int64_t) {}
   template <int M>
-  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t rounding, const float* x,
-                  int64_t ldx, vf (&sums)[M]) {
+  void add(const uint8_t* bytes, const float* absmax, const float* x, int64_t ldx, vf (&sums)[M]) const {
     for (int half = 0; half < 2; ++half) {
-      const Table table(w.code, absmax[half], rounding);
+      const Table table(code, absmax[half], rounding);
       for (int64_t j = 64 * half; j < 64 * half + 64; j += 2 * VW) {
         vf even, odd;
         decode_split(bytes + j / 2, table, even, odd);
@@ -79,16 +82,13 @@ struct FloatScheme {
 // 32 weights, those at even positions of 64 or those at odd ones; a bf16 before 16 zero bits is a float.
 struct PlaneTable {
   __m256i low, high;  // bytes of the 16 scaled codes, in both halves
-  // To nearest even; the quiet NaN stays one.
-  static __m256i rounded(__m256 v) {
-    const __m256i bits = _mm256_castps_si256(v), top = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-  }
-  // `codes`: 0..3 and 8..11, then 4..7 and 12..15, because packing works within halves.
-  PlaneTable(const __m256 (&codes)[2], float absmax) {
+  // Rounded to nearest, ties away from zero; the quiet NaN stays one.
+  PlaneTable(__m256 even, __m256 odd, float absmax) {
     const __m256 scale = _mm256_set1_ps(absmax);
-    const __m256i words = _mm256_packus_epi32(rounded(_mm256_mul_ps(codes[0], scale)), rounded(_mm256_mul_ps(codes[1], scale)));
+    const __m256i half = _mm256_set1_epi32(0x8000);
+    const __m256i first = _mm256_add_epi32(_mm256_castps_si256(_mm256_mul_ps(even, scale)), half);
+    const __m256i second = _mm256_add_epi32(_mm256_castps_si256(_mm256_mul_ps(odd, scale)), half);
+    const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
     const __m256i split = _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
     const __m256i bytes = _mm256_shuffle_epi8(words, split);  // each half: 8 low bytes, 8 high bytes
     low = _mm256_permute4x64_epi64(bytes, 0x88);
@@ -98,35 +98,49 @@ struct PlaneTable {
 struct PlaneScheme {
   using Packed = float;
   static constexpr int64_t WEIGHTS = 128;
+  __m256 even, odd;  // codes 0, 2, ... and 1, 3, ...
+  PlaneScheme(const float* code, int32_t) {
+    const __m256 first = _mm256_loadu_ps(code), second = _mm256_loadu_ps(code + 8);
+    even = order(_mm256_shuffle_ps(first, second, 0x88));
+    odd = order(_mm256_shuffle_ps(first, second, 0xdd));
+  }
+  static __m256 order(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+  // Ties are to go to even, which only a code that is a power of two can have: the last bit of such a magnitude makes
+  // the tables' ties away from zero go there.
+  static void prepare(float* absmax, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      memcpy(&bits, absmax + i, 4);
+      bits -= (bits & 0x1ffff) == 0x8000;
+      memcpy(absmax + i, &bits, 4);
+    }
+  }
   static int64_t position(int64_t j) {
     const int64_t byte = j % 64 / 2;
     return j / 64 * 64 + (j % 2 * 4 + byte % 16 / 8 * 2 + byte % 2) * VW + byte / 16 * 4 + byte % 8 / 2;
   }
   // Calls f(i, weights) for the 8 vectors of 64 weights.
   template <class F>
-  static void decode(const uint8_t* bytes, const __m256 (&codes)[2], float absmax, F f) {
+  void decode(const uint8_t* bytes, float absmax, F f) const {
     const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    const PlaneTable table(codes, absmax);
+    const PlaneTable table(even, odd, absmax);
     const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-    for (int odd = 0; odd < 2; ++odd) {
-      const __m256i index = _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), nibble);
+    for (int place = 0; place < 2; ++place) {
+      const __m256i index = _mm256_and_si256(place ? packed : _mm256_srli_epi16(packed, 4), nibble);
       const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
       for (int part = 0; part < 2; ++part) {
         const __m256i pairs = part ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-        f(4 * odd + 2 * part, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
-        f(4 * odd + 2 * part + 1, _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)));
+        f(4 * place + 2 * part, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
+        f(4 * place + 2 * part + 1, _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)));
       }
     }
   }
   template <int M>
-  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t, const float* x,
-                  int64_t ldx, vf (&sums)[M]) {
-    const __m256 first = _mm256_loadu_ps(w.code), second = _mm256_loadu_ps(w.code + 8);
-    const __m256 codes[2] = {_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+  void add(const uint8_t* bytes, const float* absmax, const float* x, int64_t ldx, vf (&sums)[M]) const {
     if constexpr (M <= 2) {  // sums of their own first, so that few steps wait for one another
       for (int half = 0; half < 2; ++half, x += 64, bytes += 32) {
         vf part[M][2];
-        decode(bytes, codes, absmax[half], [&](int v, vf weights) {
+        decode(bytes, absmax[half], [&](int v, vf weights) {
           for (int i = 0; i < M; ++i) {
             const vf xv = vload(x + i * ldx + v * VW);
             part[i][v % 2] = v < 2 ? weights * xv : vfma(weights, xv, part[i][v % 2]);
@@ -137,7 +151,7 @@ struct PlaneScheme {
     } else {  // through a buffer, because decoding and M sums do not fit into the registers together
       alignas(64) float weights[WEIGHTS];
       for (int half = 0; half < 2; ++half)
-        decode(bytes + 32 * half, codes, absmax[half], [&](int v, vf found) { vstore(weights + 64 * half + v * VW, found); });
+        decode(bytes + 32 * half, absmax[half], [&](int v, vf found) { vstore(weights + 64 * half + v * VW, found); });
       vf part[M][2];
       for (int i = 0; i < M; ++i) part[i][0] = sums[i], part[i][1] = vzero();
       for (int64_t v = 0; v < WEIGHTS; v += 2 * VW) {
@@ -163,28 +177,35 @@ struct QuadTable {
     table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(c, _mm512_set1_ps(absmax[1])),
                                          _mm512_mul_ps(c, _mm512_set1_ps(absmax[0])));
   }
-  __m512i lookup(__m512i words, int j) const {
-    constexpr int shift[4] = {4, 0, 12, 8};  // the high nibble of a byte comes first
-    const __m512i nibble = _mm512_set1_epi16(15);
-    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, shift[j]), nibble, half, 0xea);
-    return _mm512_permutexvar_epi16(index, table);  // index: (words >> shift & nibble) | half
+  // Calls f(j, weights) for the four lookups.
+  template <class F>
+  void lookups(__m512i words, F f) const {
+    const __m512i nibbles = _mm512_set1_epi16(0x0f0f);
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
+    // (words & nibbles) | half: an index in each byte; the high nibble of a byte comes first
+    const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibbles, half, 0xea);
+    const __m512i odd = _mm512_ternarylogic_epi32(words, nibbles, half, 0xea);
+    f(0, _mm512_permutexvar_epi16(even, table));
+    f(1, _mm512_permutexvar_epi16(odd, table));
+    f(2, _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table));
+    f(3, _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table));
   }
 };
 struct Bf16Scheme {
   using Packed = bf16;
   static constexpr int64_t WEIGHTS = 128;
+  const float* code;
+  Bf16Scheme(const float* code, int32_t) : code(code) {}
   static int64_t position(int64_t j) { return j % 4 * 32 + j / 4; }
+  static void prepare(float*, int64_t) {}
   template <int M>
-  static void add(const uint8_t* bytes, const fastlora_weight& w, const float* absmax, int32_t, const bf16* x,
-                  int64_t ldx, vf (&sums)[M]) {
-    const QuadTable table(w.code, absmax);
-    const __m512i words = _mm512_loadu_si512(bytes);
-    for (int j = 0; j < 4; ++j) {
-      const __m512bh weights = (__m512bh)table.lookup(words, j);
-      for (int i = 0; i < M; ++i)
-        sums[i] = _mm512_dpbf16_ps(sums[i], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + 32 * j));
-    }
+  void add(const uint8_t* bytes, const float* absmax, const bf16* x, int64_t ldx, vf (&sums)[M]) const {
+    const QuadTable table(code, absmax);
+    __m512bh weights[4];
+    table.lookups(_mm512_loadu_si512(bytes), [&](int j, __m512i found) { weights[j] = (__m512bh)found; });
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < 4; ++j)
+        sums[i] = _mm512_dpbf16_ps(sums[i], weights[j], (__m512bh)_mm512_loadu_si512(x + i * ldx + 32 * j));
   }
 };
 #endif
@@ -194,6 +215,7 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, int64_t apart, const type
   constexpr int64_t AHEAD = 4096;  // bytes
   constexpr int64_t RUN = 32;  // steps whose magnitudes are decoded together
   const int64_t k = g.w.k;
+  const Scheme scheme(g.w.code, dtype_of<T>);
   const uint8_t* packed = static_cast<const uint8_t*>(g.w.data) + row * k / 2;
   vf sums[NR][M];
   for (int n = 0; n < NR; ++n)
@@ -201,13 +223,16 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, int64_t apart, const type
   alignas(64) float absmax[NR][2 * RUN];
   for (int64_t run = 0; run < k; run += RUN * Scheme::WEIGHTS) {
     const int64_t steps = min64(RUN, (k - run) / Scheme::WEIGHTS);
-    for (int n = 0; n < NR; ++n) half_absmaxes(g.w, (row + n * apart) * k + run, 2 * steps, absmax[n]);
+    for (int n = 0; n < NR; ++n) {
+      half_absmaxes(g.w, (row + n * apart) * k + run, 2 * steps, absmax[n]);
+      Scheme::prepare(absmax[n], 2 * steps);
+    }
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t c = run + step * Scheme::WEIGHTS;
       for (int n = 0; n < NR; ++n) {
         const uint8_t* bytes = packed + (n * apart * k + c) / 2;
         __builtin_prefetch(bytes + AHEAD);
-        Scheme::template add<M>(bytes, g.w, absmax[n] + 2 * step, dtype_of<T>, x + c, k, sums[n]);
+        scheme.template add<M>(bytes, absmax[n] + 2 * step, x + c, k, sums[n]);
       }
     }
   }
@@ -218,7 +243,7 @@ inline void packed_rows(const Gemv<T>& g, int64_t row, int64_t apart, const type
 template <class Scheme, int M, class T>
 inline void packed_gemv(const Gemv<T>& g) {
   using P = typename Scheme::Packed;
-  constexpr int NR = M <= 2 ? 4 : (VW == 16 ? 2 : 1);
+  constexpr int NR = M <= 2 ? 4 : VW == 16 && M <= 4 ? 2 : 1;  // more would not fit into the registers
   const int64_t k = g.w.k;
   P* x = static_cast<P*>(scratch(SCRATCH_SHARED, M * k * sizeof(P)));
 #pragma omp parallel for num_threads(M * k < FEW_PRODUCTS / 8 ? 1 : g.threads) schedule(static)
@@ -331,7 +356,7 @@ inline void tile_rows(const Gemv<bf16>& g, int64_t row, const bf16* x, const flo
         const QuadTable table(g.w.code, absmax[n] + 2 * (step % RUN));
         const __m512i words = _mm512_loadu_si512(packed + (n * k + step * 128) / 2);
         __builtin_prefetch(packed + ((16 + n) * k + step * 128) / 2, 0, 2);  // the same place in the next block
-        for (int j = 0; j < 4; ++j) _mm512_store_si512(tiles[step & 1][j][n], table.lookup(words, j));
+        table.lookups(words, [&](int j, __m512i weights) { _mm512_store_si512(tiles[step & 1][j][n], weights); });
       }
     }
     if (step == 0) continue;

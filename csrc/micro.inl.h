@@ -34,14 +34,32 @@ __attribute__((noinline)) void micro_float(const float* a, int64_t lda, int64_t 
   }
 }
 
+// One to six rows.
+inline void micro_rows(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* b, float* tile, int64_t ld,
+                       bool add) {
+  switch (rows) {
+    case 1: return micro_float<1>(a, lda, depth, b, tile, ld, add);
+    case 2: return micro_float<2>(a, lda, depth, b, tile, ld, add);
+    case 3: return micro_float<3>(a, lda, depth, b, tile, ld, add);
+    case 4: return micro_float<4>(a, lda, depth, b, tile, ld, add);
+    case 5: return micro_float<5>(a, lda, depth, b, tile, ld, add);
+    default: return micro_float<6>(a, lda, depth, b, tile, ld, add);
+  }
+}
+
+// Fewer than four rows take the time of four, so none but the last rows of few are left with less.
 inline void micro(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* b, float* tile, int64_t ld,
                   bool add) {
   constexpr int MR = VW == 16 ? 12 : 6;
   if (lda == PACKED) lda = depth;
-  int64_t i = 0;
-  for (; i + MR <= rows; i += MR) micro_float<MR>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
-  for (; i + 4 <= rows; i += 4) micro_float<4>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
-  for (; i < rows; ++i) micro_float<1>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
+  int64_t i = 0, left = rows;
+  for (; left == MR || left > MR + 2; i += MR, left -= MR)
+    micro_float<MR>(a + i * lda, lda, depth, b, tile + i * ld, ld, add);
+  while (left > 0) {
+    const int64_t count = left > 6 ? 4 : left;
+    micro_rows(a + i * lda, lda, count, depth, b, tile + i * ld, ld, add);
+    i += count, left -= count;
+  }
 }
 
 #if defined(__AMX_BF16__)
@@ -121,26 +139,31 @@ struct MatrixUnit {
   MatrixUnit() {}
 };
 #if defined(FASTLORA_BF16_DOT)
+// A function of its own for the same reason as micro_float.
 template <int MR>
-inline void micro_bf16(const bf16* a, int64_t steps, const bf16* b, float* tile) {
-  __m512 acc[MR][2];
-  for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = vzero();
+__attribute__((noinline)) void micro_bf16(const bf16* a, int64_t steps, const bf16* b, float* tile) {
+  constexpr int64_t RUN_STEPS = 8;  // of 32 products, summed before they are added to the tile
   const bf16* b_next = b + steps * 512;
-  for (int64_t t = 0; t < steps * 512; t += 512)
-    for (int64_t p = 0; p < 512; p += 32) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + t + p);
-      const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b_next + t + p);
-      for (int i = 0; i < MR; ++i) {
-        int32_t pair;
-        memcpy(&pair, a + t + i * 32 + p / 16, 4);
-        const __m512bh ai = (__m512bh)_mm512_set1_epi32(pair);
-        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], ai, b0);
-        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], ai, b1);
+  for (int64_t run = 0; run < steps || run == 0; run += RUN_STEPS) {
+    __m512 acc[MR][2];
+    for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = vzero();
+    for (int64_t t = run * 512; t < min64(run + RUN_STEPS, steps) * 512; t += 512)
+      for (int p = 0; p < 16; ++p) {
+        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + t + 32 * p);
+        const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b_next + t + 32 * p);
+        for (int i = 0; i < MR; ++i) {
+          int32_t pair;
+          memcpy(&pair, a + t + 2 * p + i * 32, 4);
+          const __m512bh ai = (__m512bh)_mm512_set1_epi32(pair);
+          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], ai, b0);
+          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], ai, b1);
+        }
       }
-    }
-  for (int i = 0; i < MR; ++i) {
-    vstore(tile + i * 32, acc[i][0]);
-    vstore(tile + i * 32 + 16, acc[i][1]);
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < 2; ++v) {
+        float* sums = tile + i * 32 + v * 16;
+        vstore(sums, run ? vload(sums) + acc[i][v] : acc[i][v]);
+      }
   }
 }
 inline void micro(const bf16* a, int64_t, int64_t rows, int64_t depth, const bf16* b, float* tile) {
