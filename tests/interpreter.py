@@ -28,6 +28,10 @@ def on_gpu() -> bool:
     return os.environ.get("FASTLORA_TEST_GPU") == "1"
 
 
+REPS = 3 if on_gpu() else 0
+"""How often a test asks a kernel for the same bits again, beside once over poisoned memory."""
+
+
 def prepare() -> None:
     """Define fastlora's kernels, and Triton's own functions, as interpreted ones.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora.backends import reference
 from fastlora.backends import triton as backend
-from tests import contract
+from tests import contract, interpreter
 from tests.kernels.weights import quantized
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,4 +80,4 @@ def check(setup: Setup, name: str) -> None:
     """Hold the contract for y, dx, dA and dB."""
     ours, plain = both(backend, setup), both(reference, setup)
     truth = both(reference, setup, setup.exact)
-    contract.check(name, ours, plain, setup.inputs, truth, reps=1)
+    contract.check(name, ours, plain, setup.inputs, truth, reps=interpreter.REPS)

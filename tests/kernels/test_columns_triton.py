@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlora.backends import reference
 from fastlora.backends import triton as backend
-from tests import contract
+from tests import contract, interpreter
 from tests.kernels.linear_setup import BF16, FP16, FP32, stored
 from tests.kernels.weights import quantized
 
@@ -99,7 +99,8 @@ def test_scale_columns(
 
         return both
 
-    contract.check("columns", run(backend), run(reference), [z, dy, scale, bias])  # type: ignore[arg-type]
+    inputs = [z, dy, scale, bias]
+    contract.check("columns", run(backend), run(reference), inputs, reps=interpreter.REPS)  # type: ignore[arg-type]
     contract.check_layouts("columns", run(backend), [z, dy, scale, bias], [0, 1] if m else [])  # type: ignore[arg-type]
 
 

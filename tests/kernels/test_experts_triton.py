@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.backends import reference
 from fastlora.backends import triton as backend
-from tests import contract
+from tests import contract, interpreter
 from tests.kernels.linear_setup import BF16, FP16, FP32
 from tests.kernels.weights import quantized
 
@@ -74,7 +74,8 @@ def check(
     at = torch.tensor(ends, device=device)
     ours, plain = both(backend, weight, at, n), both(reference, weight, at, n)
     name = f"{ends} {sizes} {pair} {quant}"
-    contract.check(name, ours, plain, inputs, both(reference, exact, at, n), reps=1)
+    truth = both(reference, exact, at, n)
+    contract.check(name, ours, plain, inputs, truth, reps=interpreter.REPS)
 
 
 NF4: Quant = ("nf4", 64, True)

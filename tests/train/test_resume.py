@@ -184,46 +184,62 @@ def test_the_written_file_is_resolved_and_is_the_run_s_too(tmp_path: Path) -> No
     assert Run(read_config(output / "run.yaml"), QUIET).resumes
 
 
+# Each attempt is a process of its own, forked from one that has imported everything.
 KILLER = """
-import os, signal, sys, threading, time
-from fastlora.train import checkpoints
-count, kill_at, seconds = 0, int(sys.argv[2]), float(sys.argv[3])
-def counted(path, data, real=checkpoints.write_file):
-    global count
-    count += 1
-    if count == kill_at:
-        path.write_bytes(data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path, data)
-checkpoints.write_file = counted
-from rich.console import Console
-from fastlora.train.config import parse_yaml, read_config
-from fastlora.train.run import Run
+import json, os, signal, sys, threading, time
 from pathlib import Path
-run = Run(read_config(Path(sys.argv[1]), sys.argv[4:]), Console(quiet=True))
-def kill():
-    time.sleep(seconds)
-    os.kill(os.getpid(), signal.SIGKILL)
-threading.Thread(target=kill, daemon=True).start()
-run.train()
-time.sleep(seconds)
+import peft, transformers.trainer, transformers.models.bert.modeling_bert
+from rich.console import Console
+from fastlora.train import checkpoints, trainer
+from fastlora.train.config import read_config
+from fastlora.train.run import Run
+real, count = checkpoints.write_file, 0
+def attempt(kill_at, seconds):
+    def counted(path, data):
+        global count
+        count += 1
+        if count == kill_at:
+            path.write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, data)
+    def kill():
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+    checkpoints.write_file = counted
+    run = Run(read_config(Path(sys.argv[1]), [f"output={sys.argv[2]}"]), Console(quiet=True))
+    threading.Thread(target=kill, daemon=True).start()
+    run.train()
+    os._exit(0)
+killed = 0
+for kill_at, seconds in json.loads(sys.argv[3]):
+    child = os.fork()
+    if child == 0:
+        try:
+            attempt(kill_at, seconds)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break  # the run was over before
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    killed += 1
+print(killed, flush=True)
 """
 
 
 def test_sigkill_at_ten_moments(tmp_path: Path) -> None:
-    file, first = whole(tmp_path, **DROPOUT)
+    fields = {**DROPOUT, "train": {**DROPOUT["train"], "max_steps": 30}}
+    file, first = whole(tmp_path, **fields)
     output, draw = tmp_path / "again", random.Random(0)
-    for attempt in range(10):  # five while a checkpoint is written, five at any time
-        file_number = draw.randint(1, 20) if attempt % 2 else 10**6
-        seconds = 60.0 if attempt % 2 else draw.uniform(0, 0.7)
-        arguments = [str(file), str(file_number), str(seconds), f"output={output}"]
-        done = subprocess.run([sys.executable, "-c", KILLER, *arguments], check=False)
-        assert done.returncode == -signal.SIGKILL
-        if (output / "metrics.json").exists():
-            break  # it came too late: the run was over
-    else:
-        assert directory.read_log(output / "log.jsonl")
+    moments = [  # five at any time, five while a checkpoint is written
+        (draw.randint(1, 20), 60.0) if attempt % 2 else (10**6, draw.uniform(0, 0.4))
+        for attempt in range(10)
+    ]
+    command = [sys.executable, "-c", KILLER, str(file), str(output), json.dumps(moments)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) >= 5
     if not (output / "metrics.json").exists():
+        assert directory.read_log(output / "log.jsonl")
         Run(read_config(file, [f"output={output}"]), QUIET).train()
     check_equal(first, output)
     assert not list((output / "checkpoints").glob(".*"))
