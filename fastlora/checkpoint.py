@@ -16,10 +16,10 @@ from fastlora.config import from_fields
 from fastlora.dispatch import check_compute
 from fastlora.patch import (
     Record,
+    add_adapters,
     apply_plan,
     check_arguments,
     find_record,
-    patch_model,
     the_record,
 )
 from fastlora.plan import Plan, make_plan
@@ -103,15 +103,15 @@ def load_adapter(
     record = None if find_record(model) is None else the_record(model)
     _check_unset(record, quantize, compute)
     if record is not None and record.config is not None:
-        plan = make_plan(model, config, None, record.backend)
+        plan = make_plan(model, config, None, record.backend, bounded=False)
         _check_alike(record, plan)
     else:
-        plan = make_plan(model, config, quant, backend, compute)
+        plan = make_plan(model, config, quant, backend, compute, bounded=False)
     _check_tensors(_expected(model, plan), tensors)
     if record is None:
         record = apply_plan(model, plan, config, quant, backend, 0, compute)
     elif record.config is None:
-        patch_model(model, config, backend=backend, compute=compute)
+        add_adapters(model, record, config, backend, 0, compute, bounded=False)
         record = the_record(model)
     _fill(model, record.plan, tensors)
     return model

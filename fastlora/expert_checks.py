@@ -48,6 +48,11 @@ def experts_shape(weight: StoredWeight, columns: int, name: str) -> Sizes:
             f" that fits the {columns} columns of {name}, got {tuple(data.shape)}"
         )
     n, k = (other, columns) if name == "x" else (columns, other)
+    if n == 1 and k % 2:
+        raise ValueError(
+            f"4-bit experts of one row must have an even number of columns, got {n} x {k}, which"
+            " their packed bytes do not show; keep them dense"
+        )
     _check_parts(weight, data.shape[0], n * k)
     return data.shape[0], n, k
 

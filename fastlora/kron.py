@@ -16,7 +16,7 @@ from fastlora_kernels import native_kron
 from fastlora_kernels.native_library import DTYPES
 from torch import Tensor
 
-from fastlora.ops.library import is_plain, no_autocast, refuse_double
+from fastlora.ops.library import as_output, is_plain, no_autocast, refuse_double
 from fastlora.ops.products import is_built
 
 Factor = Tensor | tuple[Tensor, Tensor]
@@ -143,7 +143,7 @@ class _Native(torch.autograd.Function):
         out = native_kron.kron_linear(
             y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), (w1, p, q)
         )
-        return out.view(y.shape)
+        return as_output(out.view(y.shape))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

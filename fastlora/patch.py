@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,7 @@ def patch_model(
     check_compute(compute)
     before = find_record(model)
     if isinstance(before, Record) and before.config is None and config and quant is None:
-        _add_adapters(model, before, config, backend, seed, compute)
+        add_adapters(model, before, config, backend, seed, compute)
         return model
     if before is not None:
         raise ValueError(
@@ -121,16 +122,17 @@ def patch_model(
     return model
 
 
-def _add_adapters(
+def add_adapters(
     model: nn.Module,
     before: Record,
     config: AdapterConfig,
     backend: str,
     seed: int,
     compute: str,
+    bounded: bool = True,
 ) -> None:
     """Add adapters to a model whose weights were only quantised."""
-    plan = make_plan(model, config, None, backend)
+    plan = make_plan(model, config, None, backend, bounded=bounded)
     if compute != "auto":
         set_compute(model, before, backend, compute)
     record = apply_plan(model, plan, config, before.quant, backend, seed, before.compute)
@@ -264,7 +266,21 @@ def apply_plan(
         bias.requires_grad_(True)
     _leave_fast_paths(model, record)
     setattr(model, RECORD, record)
+    _warn_of_reads(plan)
     return record
+
+
+def _warn_of_reads(plan: Plan) -> None:
+    """Warn of adapters on weights that the model reads itself."""
+    if not plan.reads:
+        return
+    name, read = next(iter(plan.reads.items()))
+    more = f", and {len(plan.reads) - 1} more are read so" if len(plan.reads) > 1 else ""
+    warnings.warn(
+        f"{read.reader} reads the weight of {name!r} itself{more}: where it does, the adapter has"
+        " no effect; exclude what your model computes this way",
+        stacklevel=4,
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

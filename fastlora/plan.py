@@ -18,6 +18,7 @@ from fastlora.experts import AdapterExperts
 from fastlora.layers import AdapterLinear, QuantizedLinear
 from fastlora.other_layers import can_adapt, spec_of
 from fastlora.quant import QuantConfig
+from fastlora.weight_reads import Read, weight_reads
 
 HEADS = {
     "SEQ_CLS": ["classifier", "score"],
@@ -38,6 +39,7 @@ class Plan:
         notes: name of an adapted linear -> what else is to be said of it.
         saved: names of the modules that are trained whole.
         bias: names of the bias parameters to train.
+        reads: name of an adapted linear -> who reads the values of its weight past its forward.
         experts: what to do with each module of fused experts.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     notes: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     bias: list[str] = field(default_factory=list)
+    reads: dict[str, Read] = field(default_factory=dict)
     experts: dict[str, ExpertsPlan] = field(default_factory=dict)
 
     @property
@@ -80,11 +83,13 @@ def make_plan(
     quant: QuantConfig | None,
     backend: str,
     compute: str = "auto",
+    bounded: bool = True,
 ) -> Plan:
     """Return what `patch_model` does with these arguments; changes nothing.
 
     A model that is already swapped is planned as if it were not, so that a file's config can be
-    compared with what is there.
+    compared with what is there. With `bounded` False a rank may be more than a layer's smaller
+    side, as in a file that another library wrote.
 
     Raises:
         ValueError: a target does not exist or does not fit.
@@ -95,7 +100,7 @@ def make_plan(
     plan = Plan()
     if config is not None:
         plan.saved = _saved_modules(model, config)
-    reasons = _reasons_to_skip(model, config)
+    reasons, reads = _reasons_to_skip(model, config), weight_reads(model)
     explicit = config is not None and not config.all_linear
     tied = _tied(model)
     has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
@@ -104,12 +109,13 @@ def make_plan(
         if not name or inside or not (config is None or config.wants(name)):
             if isinstance(module, nn.Linear):
                 reason = "trained whole" if inside else reasons.get(name) or _foreign(name, module)
-                _place_base(plan, name, quant if has_head else None, reason)
+                _place_base(plan, name, quant if has_head else None, reason, reads.get(name))
         elif not isinstance(module, nn.Linear):
             if explicit and config is not None:
                 _place_other(plan, name, module, config, tied)
         else:
-            _place(plan, name, module, config, quant, reasons.get(name), explicit)
+            reason = reasons.get(name)
+            _place(plan, name, module, config, quant, reason, reads.get(name), explicit)
     every = config is None or has_head
     kept = _kept_whole(model, plan.saved, tied)
     found = plan_experts(model, config, quant, every, kept, backend)
@@ -119,7 +125,7 @@ def make_plan(
     for name, spec in plan.specs.items():
         if not can_adapt(model.get_submodule(name)):
             layer = model.get_submodule(name)
-            check_layer(name, layer, spec, plan.quant.get(name), backend, compute)
+            check_layer(name, layer, spec, plan.quant.get(name), backend, compute, bounded)
     if config is not None:
         plan.bias = _biases(model, getattr(config, "bias", "none"), plan)
     return plan
@@ -172,25 +178,40 @@ def _place(
     config: AdapterConfig | None,
     quant: QuantConfig | None,
     reason: str | None,
+    read: Read | None,
     explicit: bool,
 ) -> None:
     """Write one wanted linear into the plan; `reason` is why it is left alone unless named."""
     foreign = _foreign(name, module)
     if foreign is not None and explicit:
         raise TypeError(foreign)
+    if config is None and quant is not None and read is not None:
+        reason = reason or str(read)
+    shape = (module.out_features, module.in_features)
+    spec = None if config is None else method_of(config).spec(config, name, *shape)
+    if spec is not None and not explicit and _too_wide(spec, module):
+        reason = reason or f"its rank {spec.r} is more than the smaller side of its weight"
     if foreign is not None or (reason is not None and not explicit):
         plan.skipped[name] = foreign or reason or ""
         return
-    shape = (module.out_features, module.in_features)
-    plan.specs[name] = None if config is None else method_of(config).spec(config, name, *shape)
-    if quant is not None and reason is None:
+    plan.specs[name], notes = spec, []
+    if quant is not None and reason is None and read is None:
         plan.quant[name] = quant
     elif quant is not None:
-        plan.notes[name] = f"kept dense: {reason}"
+        notes.append(f"kept dense: {reason or read}")
+    if spec is not None and read is not None and read.values:
+        plan.reads[name] = read
+        notes.append(f"{read} past the adapter")
+    if notes:
+        plan.notes[name] = "; ".join(notes)
 
 
-def _place_base(plan: Plan, name: str, quant: QuantConfig | None, reason: str | None) -> None:
+def _place_base(
+    plan: Plan, name: str, quant: QuantConfig | None, reason: str | None, read: Read | None
+) -> None:
     """Write one linear that gets no adapter into the plan: in 4 bits, or as it is."""
+    if quant is not None and read is not None:
+        reason = reason or str(read)
     if quant is None or reason is not None:
         plan.skipped[name] = reason or "not a target"
         return
@@ -264,12 +285,33 @@ def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -
         return
     if plan.adapted or (plan.parameters and config is not None and not config.target_modules):
         return
-    names = sorted({_short(name) for name in linears(model)})
     asked = "linears" if config is None else f"target_modules={config.target_modules!r}"
+    kinds = sorted({type(m).__name__ for m in model.modules() if _holds_matrix(m)})
+    others = f"; modules of type {', '.join(kinds)} are none" if kinds else ""
+    wanted = [n for n in plan.skipped if config is None or config.wants(n)]
+    if wanted:
+        raise ValueError(
+            f"{asked} must match an nn.Linear that can be patched, but none of {len(wanted)} can"
+            f"{others}; {wanted[0]}: {plan.skipped[wanted[0]]}"
+        )
+    names = sorted({_short(name) for name in linears(model)})
     raise ValueError(
-        f"{asked} must match an nn.Linear of the model, but nothing does; its linears are named"
-        f" {names}, so choose from these"
+        f"{asked} must match an nn.Linear of the model, but nothing does{others}; its linears are"
+        f" named {names}, so choose from these"
     )
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Return whether a module that is no linear has a weight that looks like one's."""
+    weight = module._parameters.get("weight")
+    own = isinstance(module, (nn.Linear, nn.Embedding)) or can_adapt(module)
+    return not own and weight is not None and weight.dim() == 2
+
+
+def _too_wide(spec: AdapterSpec, module: nn.Linear) -> bool:
+    """Return whether the rank of an adapter is more than that of any update."""
+    smaller = min(module.out_features, module.in_features)
+    return METHODS[spec.method].bounded and spec.r > smaller
 
 
 def _short(name: str) -> str:
@@ -285,12 +327,13 @@ def check_layer(
     quant: QuantConfig | None,
     backend: str,
     compute: str = "auto",
+    bounded: bool = True,
 ) -> None:
     """Raise unless this linear, with its values, can have this adapter and this format."""
     assert isinstance(module, nn.Linear)
     n, k = module.out_features, module.in_features
     method = None if spec is None else METHODS[spec.method]
-    if method is not None and spec is not None and method.bounded and spec.r > min(n, k):
+    if bounded and spec is not None and _too_wide(spec, module):
         raise ValueError(
             f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
             f" weight, got {spec.r}; lower r or set rank_pattern"

@@ -149,6 +149,25 @@ def test_loading_on_a_model_that_is_only_quantised(name: str, tmp_path: Path) ->
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_file_of_peft_may_have_more_ranks_than_a_layer(quantised: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(net), peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    if quantised:
+        fastlora.patch_model(net, quantize="nf4")
+    load_adapter(net, tmp_path)
+    for name, layer in theirs.base_model.model.named_children():
+        assert torch.equal(net.get_submodule(name).lora_A, layer.lora_A["default"].weight)
+    if not quantised:
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(net.eval()(x), theirs.eval()(x))
+
+
 def test_loading_takes_compute(saved: Path) -> None:
     first = load_adapter(plain(), saved, quantize="nf4", compute="fp8", **REFERENCE)
     later: Any = plain()

@@ -308,6 +308,18 @@ def test_any_layout_and_number_of_rows(name: str, backend: str) -> None:
         assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if name != "multi"])
+def test_any_layout_of_parameters(name: str, backend: str) -> None:
+    x, bias, *params, _ = operands(name, 5, 24, 32, torch.float32)
+    weight, found = torch.randn(24, 32), []
+    for turned in (False, True):
+        leaves = [(p.t().contiguous().t() if turned else p).detach() for p in params]
+        y = OPS[name][1](x, weight, bias, *[p.requires_grad_() for p in leaves], backend)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_ids_of_rows_sequences_and_tokens(backend: str) -> None:
     x, bias, *params, _ = operands("multi", 6, 24, 32, torch.float32)
     weight = fastlora.quantize_4bit(torch.randn(24, 32))

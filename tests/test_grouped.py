@@ -247,6 +247,9 @@ def test_what_is_refused() -> None:
         experts_linear(x, case.dense.bfloat16(), bias, A, B, 1.0, case.ends)
     with pytest.raises(ValueError, match="must be frozen"):
         experts_linear(x, case.dense.clone().requires_grad_(), bias, A, B, 1.0, case.ends)
+    odd = quantize_experts(torch.randn(2, 1, 5), "nf4", 32, False)
+    with pytest.raises(ValueError, match="of one row must have an even number of columns, got 1 x"):
+        experts_linear(torch.randn(4, 5), odd, None, None, None, 1.0, torch.tensor([2, 4]))
     with pytest.raises(ValueError, match=r"must have shape \(E, N, K\), got \(4, 4\)"):
         quantize_experts(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="E rows in each part"):

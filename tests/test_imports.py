@@ -23,7 +23,7 @@ LAYERS = [
     ["kron", "factors", "multi", "operands", "functional", "products", "grouped"],
     ["adapters"],
     ["config", "layers", "other_layers", "experts"],
-    ["sharing", "fuse", "in_place", "expert_plan", "plan", "patch", "report"],
+    ["sharing", "fuse", "in_place", "expert_plan", "weight_reads", "plan", "patch", "report"],
     ["adapter_files", "expert_files", "checkpoint", "tune"],
     ["__init__"],
     ["integrations"],

@@ -202,3 +202,57 @@ def test_autocast_takes_inputs_of_either_dtype(config: Any, quantize: str | None
         wide, narrow = layer(x), layer(x.bfloat16().requires_grad_())
         narrow.sum().backward()
     assert wide.dtype == narrow.dtype == torch.bfloat16 and torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("shape", [(2, 5, 16), (5, 16), (16,)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        LoraConfig(r=2, target_modules="all-linear"),
+        LoraConfig(r=2, target_modules="all-linear", use_dora=True),
+        LoHaConfig(r=2, target_modules="all-linear"),
+        fastlora.LoKrConfig(r=2, target_modules="all-linear"),
+    ],
+    ids=["none", "lora", "dora", "loha", "lokr"],
+)
+def test_outputs_may_be_changed_in_place(
+    config: Any, shape: tuple[int, ...], quantize: str | None
+) -> None:
+    if config is None and quantize is None:
+        pytest.skip("nothing is patched")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(inplace=True), nn.Linear(24, 16))
+    fastlora.patch_model(model, config, quantize=quantize)
+    x = torch.randn(*shape, requires_grad=True)
+    y = model(x)
+    y += 1
+    grads = torch.autograd.grad(y.square().sum(), x)
+    model[1].inplace = False
+    want = model(x) + 1
+    assert torch.equal(y, want)
+    assert torch.equal(grads[0], torch.autograd.grad(want.square().sum(), x)[0])
+
+
+def test_outputs_of_a_group_may_be_changed_in_place() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            a += b
+            b *= 2
+            return a + b
+
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(2, 3, 16)
+    fastlora.patch_model(model, LoraConfig(r=2, target_modules=["a", "b"]))
+    want = model(x)
+    fastlora.fuse_groups(model)
+    for _ in range(2):
+        y = model(x)
+        y.sum().backward()
+        assert torch.equal(y, want)

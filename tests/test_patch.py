@@ -333,6 +333,16 @@ def with_two_devices() -> nn.Module:
     return model
 
 
+class Sub(nn.Linear):
+    """A linear whose forward may be another."""
+
+
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+
 HEAD = {"target_modules": ["head"]}
 BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (lambda: 3, {}, {}, TypeError, "model must be an nn.Module, got int"),
@@ -357,6 +367,9 @@ BAD: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (lambda: nn.Sequential(nn.Linear(1, 3)), {"r": 1}, {"quantize": "nf4"}, ValueError,
      "one column must have an even number of rows"),
     (lambda: nn.Sequential(nn.ReLU()), {}, {}, ValueError, r"its linears are named \[\]"),
+    (lambda: nn.Sequential(Matrix()), {}, {}, ValueError, "nothing does; modules of type Matrix"),
+    (lambda: nn.Sequential(Sub(8, 8)), {"target_modules": "all-linear"}, {}, ValueError,
+     "but none of 1 can; 0: a target module must be exactly an nn.Linear, but '0' is a Sub"),
 ]  # fmt: skip
 
 
@@ -392,3 +405,11 @@ def test_patching_twice_and_half_patched_models() -> None:
 def test_functions_that_need_a_patched_model(function: Any) -> None:
     with pytest.raises(ValueError, match="the model must be patched, but it is not"):
         function(plain())
+
+
+def test_all_linear_leaves_out_what_is_narrower_than_the_rank() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    fastlora.patch_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert fastlora.report(model)["skipped"] == {
+        "1": "its rank 4 is more than the smaller side of its weight"
+    }

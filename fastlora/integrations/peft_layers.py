@@ -255,6 +255,8 @@ class _Product(Accelerated):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         at = Operand(layer, x)
+        if layer.training:
+            torch.rand(1)  # PEFT's draw for module_dropout: the model's own dropout stays the same
         method = METHODS[self.method]
         params = {key: _as(value, at.x) for key, value in params.items()}
         scaling, r = float(layer.scaling[name]), int(layer.r[name])

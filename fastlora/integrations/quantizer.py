@@ -31,6 +31,7 @@ from fastlora.patch import RECORD, Record, tensor_bytes
 from fastlora.plan import Plan, linears
 from fastlora.quant import QuantConfig, QuantizedWeight
 from fastlora.quant_experts import quantize_experts
+from fastlora.weight_reads import weight_reads
 
 METHOD = "fastlora"
 _KEPT = "_fastlora_buffers"  # of a layer until the end of loading: transformers empties them
@@ -253,12 +254,13 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         skip = self.get_modules_to_not_convert(
             model, self.quantization_config.skip_modules, model._keep_in_fp32_modules
         )
-        self.skipped = [n for n in linears(model) if _skips(skip, n)]
+        reads = {n: str(r) for n, r in weight_reads(model).items() if not _skips(skip, n)}
+        self.skipped = [n for n in linears(model) if _skips(skip, n) or n in reads]
         kinds = {name: type(module) for name, module in linears(model).items()}
         self.wanted = {
             f"{n}.weight" for n, t in kinds.items() if t is nn.Linear and n not in self.skipped
         }
-        self.left: dict[str, str] = {}
+        self.left = reads
         self.experts: set[str] = set()
         for name, module in model.named_modules():
             if stacked(module) and _skips(skip, name):
@@ -284,7 +286,7 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 plan.skipped[name] = "kept dense"
                 self._check_came(model, f"{name}.weight")
-        plan.skipped.update(self.left)
+        plan.skipped.update({n: why for n, why in self.left.items() if n not in plan.specs})
         for name, module in model.named_modules():
             if isinstance(module, AdapterExperts):
                 plan.experts[name] = ExpertsPlan(dict(module.fastlora_experts.specs), quant)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlora.checks import check_columns, check_columns_backward
 from fastlora.dispatch import check_backend, choose
 from fastlora.ops.library import (
+    as_output,
     bias_gradient,
     define,
     differentiate,
@@ -124,7 +125,7 @@ class _ScaleColumns(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y = _forward(*inputs)
         _remember(ctx, inputs, y)
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from fastlora_kernels.low_rank import keep_mask, keep_scale
 from torch import Tensor
 
 from fastlora.checks import check_drop
-from fastlora.ops.library import define, differentiate, is_plain
+from fastlora.ops.library import as_output, define, differentiate, is_plain
 
 
 def dropout_seed(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _remember(ctx, inputs, inputs[0])
-        return _drop(*inputs)
+        return as_output(_drop(*inputs))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

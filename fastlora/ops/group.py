@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora.checks import check_forward, wide_dtype
 from fastlora.dispatch import choose
-from fastlora.ops.library import is_cast, is_plain, no_autocast, refuse_double
+from fastlora.ops.library import as_output, is_cast, is_plain, no_autocast, refuse_double
 from fastlora.ops.linear import linear
 
 Biases = Sequence[Tensor | None]
@@ -109,7 +109,7 @@ class _LinearGroup(torch.autograd.Function):
         ctx.static, ctx.count, ctx.widths = static, len(ss), [y.shape[1] for y in ys]
         ctx.save_for_backward(x, *ss, *tensors)
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(as_output(y.view(*x.shape[:-1], y.shape[1])) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:

@@ -52,6 +52,12 @@ def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
+def as_output(y: Tensor) -> Tensor:
+    """Return what an autograd.Function made, not as a view, so that it may be changed in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return result
+
+
 def refuse_double(name: str) -> None:
     """Raise that an op has no second derivative."""
     raise NotImplementedError(

@@ -9,7 +9,7 @@ from fastlora_kernels.formats import StoredWeight
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
-from fastlora.ops.library import as_multiplied, is_plain, refuse_double
+from fastlora.ops.library import as_multiplied, as_output, is_plain, refuse_double
 from fastlora.ops.lora_linear import (
     NO_UPDATE,
     WEIGHT_GRAD,
@@ -37,7 +37,7 @@ class _LoraLinear(torch.autograd.Function):
         y, s = run_forward(x, weight, bias, update, backend)
         remember(ctx, x, s, weight, bias, update, ctx.needs_input_grad[:4])
         ctx.backend = backend
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -42,31 +42,31 @@ def is_built() -> bool:
 
 
 def _rows(u: Tensor, v: Tensor) -> Tensor:
-    return (u.unsqueeze(1) * v).view(-1, u.shape[1])
+    return (u.unsqueeze(1) * v).reshape(-1, u.shape[1])
 
 
 def _rows_backward(g: Tensor, u: Tensor, v: Tensor) -> Pair:
-    g = g.view(u.shape[0], *v.shape)  # (r1, r2, K)
+    g = g.reshape(u.shape[0], *v.shape)  # (r1, r2, K)
     return (g * v).sum(1), (g * u.unsqueeze(1)).sum(0)
 
 
 def _columns(u: Tensor, v: Tensor) -> Tensor:
-    return (u.unsqueeze(2) * v.unsqueeze(1)).view(u.shape[0], -1)
+    return (u.unsqueeze(2) * v.unsqueeze(1)).reshape(u.shape[0], -1)
 
 
 def _columns_backward(g: Tensor, u: Tensor, v: Tensor) -> Pair:
-    g = g.view(*u.shape, v.shape[1])  # (N, r1, r2)
+    g = g.reshape(*u.shape, v.shape[1])  # (N, r1, r2)
     return (g @ v.unsqueeze(2)).squeeze(2), (u.unsqueeze(1) @ g).squeeze(1)
 
 
 def _kron(u: Tensor, v: Tensor) -> Tensor:
     product = u[:, None, :, None] * v[:, None, :]  # (a, c, b, d)
-    return product.view(u.shape[0] * v.shape[0], -1)
+    return product.reshape(u.shape[0] * v.shape[0], -1)
 
 
 def _kron_backward(g: Tensor, u: Tensor, v: Tensor) -> Pair:
     (a, b), (c, d) = u.shape, v.shape
-    g = g.view(a, c, b, d)
+    g = g.reshape(a, c, b, d)
     du = (g @ v.unsqueeze(2)).squeeze(3).sum(1)  # (a, c, b) -> (a, b)
     return du, (u[:, None, None, :] @ g).squeeze(2).sum(0)  # (a, c, d) -> (c, d)
 

@@ -21,6 +21,7 @@ from fastlora.dispatch import choose
 from fastlora.ops import columns
 from fastlora.ops.library import (
     as_multiplied,
+    as_output,
     bias_gradient,
     is_cast,
     is_plain,
@@ -60,7 +61,7 @@ class _ScaledLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, magnitude, norms, *weight[:4], A, B, update.seed, update.spans)
         ctx.rest = weight[4:], update.scaling, update.dropout, backend, needs, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

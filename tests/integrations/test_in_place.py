@@ -216,7 +216,11 @@ def test_gradients_per_sample() -> None:
     ],
 )
 def test_what_is_left_to_peft_is_said(make: Any, method: str, reason: str) -> None:
-    model = make()
+    try:
+        model = make()
+    except ValueError as error:
+        assert method == "mica", error
+        pytest.skip("this PEFT has no mica")
     x = X.clone()
     plain, model = copy.deepcopy(model).eval(), fastlora.patch_model(model).eval()
     found = row(model)
@@ -319,10 +323,22 @@ def test_prefix_tuning_with_gradient_checkpointing() -> None:
     for each in (model, copy.deepcopy(model)):
         with pytest.raises(ValueError, match="prefix tuning must train without gradient checkpoin"):
             each(input_ids=TOKENS, labels=TOKENS)
+    model.eval()
     with torch.no_grad():
         assert model(input_ids=TOKENS, labels=TOKENS).loss.item() == loss
     fastlora.unpatch(model)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig])
+def test_the_models_own_dropout_stays_the_same(kind: Any) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Dropout(0.5))
+    model: Any = filled(peft.get_peft_model(net, kind(r=2, target_modules=["0", "2"])))
+    x, found = torch.randn(4, 16), []
+    for each in (copy.deepcopy(model), fastlora.patch_model(model)):
+        torch.manual_seed(3)
+        found.append({"y": each.train()(x)})
+    assert_close(found[1], found[0], 1e-5)
 
 
 @pytest.mark.parametrize("package", ["transformers", "trl"])
