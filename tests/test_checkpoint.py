@@ -162,7 +162,8 @@ def test_a_file_of_peft_may_have_more_ranks_than_a_layer(quantised: bool, tmp_pa
         fastlora.patch_model(net, quantize="nf4")
     load_adapter(net, tmp_path)
     for name, layer in theirs.base_model.model.named_children():
-        assert torch.equal(net.get_submodule(name).lora_A, layer.lora_A["default"].weight)
+        mine: Any = net.get_submodule(name)
+        assert torch.equal(mine.lora_A, layer.lora_A["default"].weight)
     if not quantised:
         x = torch.randn(3, 8)
         torch.testing.assert_close(net.eval()(x), theirs.eval()(x))

@@ -223,13 +223,14 @@ def test_outputs_may_be_changed_in_place(
     if config is None and quantize is None:
         pytest.skip("nothing is patched")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(inplace=True), nn.Linear(24, 16))
+    act = nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.Linear(16, 24), act, nn.Linear(24, 16))
     fastlora.patch_model(model, config, quantize=quantize)
     x = torch.randn(*shape, requires_grad=True)
     y = model(x)
     y += 1
     grads = torch.autograd.grad(y.square().sum(), x)
-    model[1].inplace = False
+    act.inplace = False
     want = model(x) + 1
     assert torch.equal(y, want)
     assert torch.equal(grads[0], torch.autograd.grad(want.square().sum(), x)[0])
@@ -245,7 +246,8 @@ def test_outputs_of_a_group_may_be_changed_in_place() -> None:
             a, b = self.a(x), self.b(x)
             a += b
             b *= 2
-            return a + b
+            y: Tensor = a + b
+            return y
 
     torch.manual_seed(0)
     model, x = Pair(), torch.randn(2, 3, 16)

@@ -20,7 +20,7 @@ class Reader(nn.Module):
         self.values, self.fact, self.checked, self.called, self.inside = (
             nn.Linear(8, 8) for _ in range(5)
         )
-        self.inner = nn.Sequential(nn.Linear(8, 8))
+        self.inner: Any = nn.Sequential(nn.Linear(8, 8))
         self.inner.deep = nn.Linear(8, 8)
         self.never = nn.Linear(8, 8)
 
@@ -31,7 +31,8 @@ class Reader(nn.Module):
         return self.late(self.called(self.inside(self.fact(self.checked(x)))))
 
     def late(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.values.weight) @ self.inner.deep.weight
+        y: Tensor = functional.linear(x, self.values.weight) @ self.inner.deep.weight
+        return y
 
     def unused(self) -> Tensor:
         return self.never.weight
@@ -43,7 +44,8 @@ class Outer(nn.Module):
         self.reader, self.head = Reader(), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.reader(x)) + self.reader.inside.weight.sum()
+        y: Tensor = self.head(self.reader(x)) + self.reader.inside.weight.sum()
+        return y
 
 
 def test_what_is_read_is_found() -> None:
