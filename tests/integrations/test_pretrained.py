@@ -130,6 +130,24 @@ def test_other_architectures(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_weights_that_the_model_reads_stay_dense(tmp_path: Path) -> None:
+    config = transformers.LongT5Config(
+        vocab_size=30, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, local_radius=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LongT5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    model = fastlora.from_pretrained(tmp_path / "dense", auto_class="AutoModelForSeq2SeqLM")
+    report = fastlora.report(model)
+    wo = [name for name in report["skipped"] if name.endswith(".wo")]
+    assert len(wo) == 2 and len(report["modules"]) == 14
+    assert {report["skipped"][name] for name in wo} == {"LongT5DenseActDense reads its weight"}
+    y = model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    fastlora.save_quantized(model, tmp_path / "packed")
+    again = fastlora.from_pretrained(tmp_path / "packed", auto_class="AutoModelForSeq2SeqLM")
+    assert torch.equal(again(input_ids=TOKENS, decoder_input_ids=TOKENS).logits, y)
+
+
 CODE = """
 import sys, threading, time, fastlora
 import transformers.models.llama.modeling_llama
