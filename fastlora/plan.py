@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,7 @@ def make_plan(
     return plan
 
 
+_TOO_WIDE = "its rank {} is more than the smaller side of its weight"
 _NOT_LINEAR = (
     "a target module must be an nn.Linear, a convolution or an nn.Embedding, but {!r} is a {}; name"
     " others in target_modules or exclude it"
@@ -187,10 +189,9 @@ def _place(
         raise TypeError(foreign)
     if config is None and quant is not None and read is not None:
         reason = reason or str(read)
-    shape = (module.out_features, module.in_features)
-    spec = None if config is None else method_of(config).spec(config, name, *shape)
+    spec = _spec(config, name, module)
     if spec is not None and not explicit and _too_wide(spec, module):
-        reason = reason or f"its rank {spec.r} is more than the smaller side of its weight"
+        reason = reason or _TOO_WIDE.format(spec.r)
     if foreign is not None or (reason is not None and not explicit):
         plan.skipped[name] = foreign or reason or ""
         return
@@ -290,6 +291,9 @@ def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -
     others = f"; modules of type {', '.join(kinds)} are none" if kinds else ""
     wanted = [n for n in plan.skipped if config is None or config.wants(n)]
     if wanted:
+        spec = _spec(config, wanted[0], model.get_submodule(wanted[0]))
+        if spec is not None and plan.skipped[wanted[0]] == _TOO_WIDE.format(spec.r):
+            _refuse_rank(wanted[0], model.get_submodule(wanted[0]), spec)
         raise ValueError(
             f"{asked} must match an nn.Linear that can be patched, but none of {len(wanted)} can"
             f"{others}; {wanted[0]}: {plan.skipped[wanted[0]]}"
@@ -308,10 +312,26 @@ def _holds_matrix(module: nn.Module) -> bool:
     return not own and weight is not None and weight.dim() == 2
 
 
+def _spec(config: AdapterConfig | None, name: str, module: nn.Module) -> AdapterSpec | None:
+    """Return what the adapter of a linear is; None of what is no linear, or without a config."""
+    if config is None or not isinstance(module, nn.Linear):
+        return None
+    return method_of(config).spec(config, name, module.out_features, module.in_features)
+
+
 def _too_wide(spec: AdapterSpec, module: nn.Linear) -> bool:
     """Return whether the rank of an adapter is more than that of any update."""
     smaller = min(module.out_features, module.in_features)
     return METHODS[spec.method].bounded and spec.r > smaller
+
+
+def _refuse_rank(name: str, module: Any, spec: AdapterSpec) -> NoReturn:
+    """Raise that the rank of an adapter is more than that of any update."""
+    n, k = module.out_features, module.in_features
+    raise ValueError(
+        f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
+        f" weight, got {spec.r}; lower r or set rank_pattern"
+    )
 
 
 def _short(name: str) -> str:
@@ -334,10 +354,7 @@ def check_layer(
     n, k = module.out_features, module.in_features
     method = None if spec is None else METHODS[spec.method]
     if bounded and spec is not None and _too_wide(spec, module):
-        raise ValueError(
-            f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
-            f" weight, got {spec.r}; lower r or set rank_pattern"
-        )
+        _refuse_rank(name, module, spec)
     if isinstance(module, AdapterLinear):
         return
     _check_tensors(name, module)

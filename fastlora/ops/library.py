@@ -54,7 +54,9 @@ def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 def as_output(y: Tensor) -> Tensor:
     """Return what an autograd.Function made, not as a view, so that it may be changed in place."""
-    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return result
 
 
