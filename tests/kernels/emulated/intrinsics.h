@@ -121,13 +121,16 @@ EMULATE_EACH32(and_si512, a & b)
 EMULATE_EACH32(or_si512, a | b)
 EMULATE_EACH32(xor_si512, a ^ b)
 #undef EMULATE_EACH32
-inline __m512i slli_epi32(__m512i v, unsigned by) {
+template <class F>
+inline __m512i map32(__m512i v, F f) {
   const Lanes l = lanes(v);
-  return each32([&](int i) { return by < 32 ? l.u32[i] << by : 0u; });
+  return each32([&](int i) { return f(l.u32[i]); });
+}
+inline __m512i slli_epi32(__m512i v, unsigned by) {
+  return map32(v, [=](uint32_t lane) { return by < 32 ? lane << by : 0u; });
 }
 inline __m512i srli_epi32(__m512i v, unsigned by) {
-  const Lanes l = lanes(v);
-  return each32([&](int i) { return by < 32 ? l.u32[i] >> by : 0u; });
+  return map32(v, [=](uint32_t lane) { return by < 32 ? lane >> by : 0u; });
 }
 inline __m512i srli_epi16(__m512i v, unsigned by) {
   const Lanes l = lanes(v);
