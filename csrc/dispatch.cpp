@@ -261,19 +261,18 @@ int32_t fastlora_scale_columns_backward(int32_t dtype, int64_t m, int64_t n, con
   return 0;
 }
 
-int32_t fastlora_kron_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size,
-                             const float* w1, const float* p, const float* q, const void* base, void* out,
-                             int32_t threads) {
+int32_t fastlora_add_kron(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size, const float* w1,
+                          const float* p, const float* q, void* y, int32_t threads) {
   if (!fastlora::known(dtype) || m < 0 || threads < 1) return FASTLORA_EINVAL;
-  fastlora::kernels().kron_linear(dtype, m, x, ldx, size, w1, p, q, base, out, threads);
+  fastlora::kernels().add_kron(dtype, m, x, ldx, size, w1, p, q, y, threads);
   return 0;
 }
 
-int32_t fastlora_kron_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x,
-                                      int64_t ldx, const int64_t* size, const float* w1, const float* p,
-                                      const float* q, void* dx, float* factors, int32_t threads) {
+int32_t fastlora_add_kron_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
+                                   const int64_t* size, const float* w1, const float* p, const float* q, void* dx,
+                                   float* factors, int32_t threads) {
   if (!fastlora::known(dtype) || m < 0 || threads < 1) return FASTLORA_EINVAL;
-  fastlora::kernels().kron_linear_backward(dtype, m, dy, lddy, x, ldx, size, w1, p, q, dx, factors, threads);
+  fastlora::kernels().add_kron_backward(dtype, m, dy, lddy, x, ldx, size, w1, p, q, dx, factors, threads);
   return 0;
 }
 

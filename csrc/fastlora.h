@@ -137,17 +137,15 @@ FASTLORA_API int32_t fastlora_products(int32_t dtype, int32_t kind, const int64_
 FASTLORA_API int32_t fastlora_products_backward(int32_t dtype, int32_t kind, const int64_t* size, const void* g,
                                                 const void* u, const void* v, void* du, void* dv, int32_t threads);
 
-// LoKr beside the base: out (m, n1 n2) = base + x kron(w1, w2)^T for x (m, k1 k2), rounded once. size: n1, k1, n2, k2, c.
+// LoKr beside the base: y (m, n1 n2) += x kron(w1, w2)^T for x (m, k1 k2), rounded once. size: n1, k1, n2, k2, c.
 // w1 (n1, k1); w2 (n2, k2) is p (c = n2) where q is NULL, else q (n2, c) times p (c, k2).
-FASTLORA_API int32_t fastlora_kron_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size,
-                                          const float* w1, const float* p, const float* q, const void* base, void* out,
-                                          int32_t threads);
-// Its gradients for dy (m, n1 n2): dx (m, k1 k2), and in `factors` those of w1, p and q one behind the other; either may
-// be NULL.
-FASTLORA_API int32_t fastlora_kron_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy,
-                                                   const void* x, int64_t ldx, const int64_t* size, const float* w1,
-                                                   const float* p, const float* q, void* dx, float* factors,
-                                                   int32_t threads);
+FASTLORA_API int32_t fastlora_add_kron(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size,
+                                       const float* w1, const float* p, const float* q, void* y, int32_t threads);
+// Its gradients for dy (m, n1 n2): that of x is added to dx (m, k1 k2), and `factors` becomes those of w1, p and q one
+// behind the other; either may be NULL.
+FASTLORA_API int32_t fastlora_add_kron_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x,
+                                                int64_t ldx, const int64_t* size, const float* w1, const float* p,
+                                                const float* q, void* dx, float* factors, int32_t threads);
 
 // Block-wise 4-bit quantisation of n values of x (F32, BF16 or F16), bit-equal to bitsandbytes.
 //   thresholds: 15 floats, ascending; order: 16 nibbles; a scaled value becomes order[number of thresholds below it].

@@ -44,11 +44,11 @@ struct Kernels {
                    int threads);
   void (*products_backward)(int32_t dtype, int32_t kind, const int64_t* size, const void* g, const void* u,
                             const void* v, void* du, void* dv, int threads);
-  void (*kron_linear)(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size, const float* w1,
-                      const float* p, const float* q, const void* base, void* out, int threads);
-  void (*kron_linear_backward)(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
-                               const int64_t* size, const float* w1, const float* p, const float* q, void* dx,
-                               float* factors, int threads);
+  void (*add_kron)(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size, const float* w1,
+                   const float* p, const float* q, void* y, int threads);
+  void (*add_kron_backward)(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
+                            const int64_t* size, const float* w1, const float* p, const float* q, void* dx,
+                            float* factors, int threads);
   void (*dequantize_4bit)(int32_t dtype, const fastlora_weight& w, void* out, int threads);
 };
 

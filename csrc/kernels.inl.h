@@ -25,8 +25,8 @@ const Kernels kernels = {  // in the order of kernels.h
     scale_columns_backward,
     products,
     products_backward,
-    kron_linear,
-    kron_linear_backward,
+    add_kron,
+    add_kron_backward,
     dequantize_4bit,
 };
 

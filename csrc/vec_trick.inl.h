@@ -9,93 +9,136 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-// (rows, count) floats, rows = VW, to lanes: out[c * VW + r] = in[r * count + c].
-inline void to_lanes(const float* in, int64_t count, float* out) {
+// VW x VW transpose.
+inline void transpose_vectors(vf v[VW]) {
 #if defined(__AVX512F__)
-  transpose_lanes(reinterpret_cast<const uint32_t*>(in), count, count, reinterpret_cast<uint32_t*>(out), VW);
+  __m512i lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = _mm512_castps_si512(v[i]);
+  transpose16(lanes);
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_castsi512_ps(lanes[i]);
+#elif defined(__AVX2__)
+  transpose8(v);
 #else
-  for (int64_t c = 0; c < count; ++c)
-    for (int r = 0; r < VW; ++r) out[c * VW + r] = in[r * count + c];
+  for (int i = 0; i < VW; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float value = v[i][j];
+      v[i][j] = v[j][i], v[j][i] = value;
+    }
 #endif
 }
 
-inline void from_lanes(const float* in, int64_t count, float* out) {
-  int64_t c = 0;
-#if defined(__AVX512F__)
-  for (; c + 16 <= count; c += 16) {
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + (c + i) * VW);
-    transpose16(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * count + c, r[i]);
+// Rows of a matrix to lanes, out[c * VW + r] = from[r * ld + c]; rows that are not there are zero.
+template <class T>
+inline void load_lanes(const T* from, int64_t ld, int64_t rows, int64_t count, float* out) {
+  for (int64_t c = 0; c < count; c += VW) {
+    const int64_t here = min64(VW, count - c);
+    vf v[VW];
+    for (int r = 0; r < VW; ++r) {
+      const T* at = from + r * ld + c;
+      v[r] = r >= rows ? vzero() : here == VW ? vload(at) : vload_part(at, here);
+    }
+    transpose_vectors(v);
+    for (int64_t i = 0; i < here; ++i) vstore(out + (c + i) * VW, v[i]);
   }
-#endif
-  for (; c < count; ++c)
-    for (int r = 0; r < VW; ++r) out[r * count + c] = in[c * VW + r];
+}
+
+// Rows of a matrix += lanes, rounded once.
+template <class T>
+inline void add_lanes(const float* lanes, int64_t rows, int64_t count, T* out) {
+  for (int64_t c = 0; c < count; c += VW) {
+    const int64_t here = min64(VW, count - c);
+    vf v[VW];
+    for (int64_t i = 0; i < VW; ++i) v[i] = i < here ? vload(lanes + (c + i) * VW) : vzero();
+    transpose_vectors(v);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* at = out + r * count + c;
+      if (here == VW)
+        vstore(at, vload(at) + v[r]);
+      else
+        vstore_part(at, vload_part(at, here) + v[r], here);
+    }
+  }
+}
+
+// A matrix whose element (i, e) is at data + i * row + e * step: a number, or with `vectors` VW of them.
+struct Side {
+  const float* data;
+  int64_t row, step;
+};
+
+// A matrix of numbers, and its transpose.
+inline Side as_is(const float* data, int64_t columns) { return {data, columns, 1}; }
+inline Side turned(const float* data, int64_t columns) { return {data, 1, columns}; }
+
+// Where element (i, j) of a result is: a vector at data + i * row + j * column.
+struct Result {
+  float* data;
+  int64_t row, column;
+};
+
+// out (I, J) = or, with `add`, += over e of left[i, e] right[j, e].
+template <bool vectors, bool add, int I, int J>
+inline void contract_tile(const Side& left, int64_t i, const Side& right, int64_t j, int64_t count, const Result& out) {
+  const int64_t ls = vectors ? left.step * VW : left.step, rs = right.step * VW;
+  const float *l[I], *r[J];
+  for (int p = 0; p < I; ++p) l[p] = left.data + (i + p) * left.row * (vectors ? VW : 1);
+  for (int q = 0; q < J; ++q) r[q] = right.data + (j + q) * right.row * VW;
+  vf sum[I][J];
+  for (int p = 0; p < I; ++p)
+    for (int q = 0; q < J; ++q) sum[p][q] = vzero();
+  for (int64_t e = 0; e < count; ++e) {
+    vf value[J];
+    for (int q = 0; q < J; ++q) value[q] = vload(r[q] + e * rs);
+    for (int p = 0; p < I; ++p) {
+      const vf other = vectors ? vload(l[p] + e * ls) : vset(l[p][e * ls]);
+      for (int q = 0; q < J; ++q) sum[p][q] = vfma(other, value[q], sum[p][q]);
+    }
+  }
+  for (int p = 0; p < I; ++p)
+    for (int q = 0; q < J; ++q) {
+      float* to = out.data + ((i + p) * out.row + (j + q) * out.column) * VW;
+      vstore(to, add ? vload(to) + sum[p][q] : sum[p][q]);  // short sums keep the rounding errors small
+    }
+}
+
+// out (a, b) = or += left (a, count) right (b, count)^T; the right side has vectors.
+template <bool vectors, bool add>
+inline void contract(const Side& left, int64_t a, const Side& right, int64_t b, int64_t count, const Result& out) {
+  constexpr int I = 4, J = 2;
+  for (int64_t j = 0; j < b; j += J) {
+    const bool pair = j + J <= b;
+    int64_t i = 0;
+    for (; i + I <= a; i += I)
+      if (pair)
+        contract_tile<vectors, add, I, J>(left, i, right, j, count, out);
+      else
+        contract_tile<vectors, add, I, 1>(left, i, right, j, count, out);
+    for (; i < a; ++i)
+      if (pair)
+        contract_tile<vectors, add, 1, J>(left, i, right, j, count, out);
+      else
+        contract_tile<vectors, add, 1, 1>(left, i, right, j, count, out);
+  }
 }
 
 // out (rows, c) = in (rows, q) P^T, P (c, q): vectors times numbers.
-inline void times_right(const float* in, int64_t rows, int64_t q, const float* p, int64_t c, float* out) {
-  constexpr int J = 8;
-  for (int64_t i = 0; i < rows; ++i, in += q * VW, out += c * VW) {
-    int64_t j = 0;
-    for (; j + J <= c; j += J) {
-      vf sum[J];
-      for (int e = 0; e < J; ++e) sum[e] = vzero();
-      for (int64_t k = 0; k < q; ++k) {
-        const vf value = vload(in + k * VW);
-        for (int e = 0; e < J; ++e) sum[e] = vfma(vset(p[(j + e) * q + k]), value, sum[e]);
-      }
-      for (int e = 0; e < J; ++e) vstore(out + (j + e) * VW, sum[e]);
-    }
-    for (; j < c; ++j) {
-      vf sum = vzero();
-      for (int64_t k = 0; k < q; ++k) sum = vfma(vset(p[j * q + k]), vload(in + k * VW), sum);
-      vstore(out + j * VW, sum);
-    }
-  }
+inline void times_right(const float* in, int64_t rows, int64_t q, const Side& p, int64_t c, float* out) {
+  contract<false, false>(p, c, {in, q, 1}, rows, q, {out, 1, c});
 }
 
 // out (n, c) = W in (k, c), W (n, k).
-inline void times_left(const float* w, int64_t n, int64_t k, const float* in, int64_t c, float* out) {
-  constexpr int I = 8;
-  for (int64_t j = 0; j < c; ++j) {
-    int64_t i = 0;
-    for (; i + I <= n; i += I) {
-      vf sum[I];
-      for (int e = 0; e < I; ++e) sum[e] = vzero();
-      for (int64_t q = 0; q < k; ++q) {
-        const vf value = vload(in + (q * c + j) * VW);
-        for (int e = 0; e < I; ++e) sum[e] = vfma(vset(w[(i + e) * k + q]), value, sum[e]);
-      }
-      for (int e = 0; e < I; ++e) vstore(out + ((i + e) * c + j) * VW, sum[e]);
-    }
-    for (; i < n; ++i) {
-      vf sum = vzero();
-      for (int64_t q = 0; q < k; ++q) sum = vfma(vset(w[i * k + q]), vload(in + (q * c + j) * VW), sum);
-      vstore(out + (i * c + j) * VW, sum);
-    }
-  }
+inline void times_left(const Side& w, int64_t n, int64_t k, const float* in, int64_t c, float* out) {
+  contract<false, false>(w, n, {in, 1, c}, c, k, {out, c, 1});
 }
 
-// sums (a, b), vectors, += over e of left[e, i] right[e, j]: left (count, a), right (count, b), elements `step` apart.
+// sums (a, b) += left (count, a)^T right (count, b).
 inline void add_outer(const float* left, int64_t a, const float* right, int64_t b, int64_t count, float* sums) {
-  for (int64_t i = 0; i < a; ++i)
-    for (int64_t j = 0; j < b; ++j) {
-      vf sum = vzero();  // short sums, which keep the rounding errors small
-      for (int64_t e = 0; e < count; ++e) sum = vfma(vload(left + (e * a + i) * VW), vload(right + (e * b + j) * VW), sum);
-      vstore(sums + (i * b + j) * VW, vload(sums + (i * b + j) * VW) + sum);
-    }
+  contract<true, true>({left, 1, a}, a, {right, 1, b}, b, count, {sums, b, 1});
 }
 
-// sums (a, b) += over e of left[i, e] right[j, e].
+// sums (a, b) += left (a, count) right (b, count)^T.
 inline void add_inner(const float* left, int64_t a, const float* right, int64_t b, int64_t count, float* sums) {
-  for (int64_t i = 0; i < a; ++i)
-    for (int64_t j = 0; j < b; ++j) {
-      vf sum = vzero();
-      for (int64_t e = 0; e < count; ++e)
-        sum = vfma(vload(left + (i * count + e) * VW), vload(right + (j * count + e) * VW), sum);
-      vstore(sums + (i * b + j) * VW, vload(sums + (i * b + j) * VW) + sum);
-    }
+  contract<true, true>({left, count, 1}, a, {right, count, 1}, b, count, {sums, b, 1});
 }
 
 // The shapes and factors of one layer.
@@ -110,73 +153,46 @@ struct Kron {
 
 // Buffers of one block of VW tokens.
 struct Lanes {
-  float *rows, *x, *t1, *t2, *d, *g2, *g1;
+  float *x, *d, *t1, *t2, *g1, *g2;
 
   explicit Lanes(const Kron& kron) {
-    const int64_t widest = kron.n() > kron.k() ? kron.n() : kron.k();
     const int64_t inner = (kron.k1 + kron.n1) * kron.c;
-    auto* at = static_cast<float*>(scratch(SCRATCH_PANEL, (3 * widest + 2 * inner) * VW * sizeof(float)));
-    rows = at, x = rows + widest * VW, d = x + widest * VW;
-    t1 = d + widest * VW, t2 = t1 + kron.k1 * kron.c * VW;
+    const int64_t vectors = kron.n() + kron.k() + 2 * inner;
+    x = static_cast<float*>(scratch(SCRATCH_PANEL, vectors * VW * sizeof(float)));
+    d = x + kron.k() * VW;
+    t1 = d + kron.n() * VW, t2 = t1 + kron.k1 * kron.c * VW;
     g1 = t2 + kron.n1 * kron.c * VW, g2 = g1 + kron.k1 * kron.c * VW;
   }
 };
 
-// Rows of a matrix to lanes; rows that are not there are zero.
-template <class T>
-inline void load_lanes(const T* from, int64_t ld, int64_t rows, int64_t count, float* buffer, float* out) {
-  for (int64_t r = 0; r < VW; ++r)
-    for (int64_t c = 0; c < count; c += VW) {
-      const int64_t here = min64(VW, count - c);
-      vstore_part(buffer + r * count + c, r < rows ? vload_part(from + r * ld + c, here) : vzero(), here);
-    }
-  to_lanes(buffer, count, out);
-}
-
 inline void forward_lanes(const Kron& kron, const Lanes& s) {
-  times_right(s.x, kron.k1, kron.k2, kron.p, kron.c, s.t1);
-  times_left(kron.w1, kron.n1, kron.k1, s.t1, kron.c, s.t2);
+  times_right(s.x, kron.k1, kron.k2, as_is(kron.p, kron.k2), kron.c, s.t1);
+  times_left(as_is(kron.w1, kron.k1), kron.n1, kron.k1, s.t1, kron.c, s.t2);
 }
 
-// out (m, n) = base + x kron(w1, w2)^T, rounded once.
+// y (m, n) += x kron(w1, w2)^T, rounded once.
 template <class T>
-void kron_linear(int64_t m, const T* x, int64_t ldx, const Kron& kron, const T* base, T* out, int threads) {
+void add_kron(int64_t m, const T* x, int64_t ldx, const Kron& kron, T* y, int threads) {
   const int64_t n = kron.n();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t first = 0; first < m; first += VW) {
     const Lanes s(kron);
     const int64_t rows = min64(VW, m - first);
-    load_lanes(x + first * ldx, ldx, rows, kron.k(), s.rows, s.x);
+    load_lanes(x + first * ldx, ldx, rows, kron.k(), s.x);
     forward_lanes(kron, s);
-    if (kron.q) times_right(s.t2, kron.n1, kron.c, kron.q, kron.n2, s.d);
-    from_lanes(kron.q ? s.d : s.t2, n, s.rows);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < n; c += VW) {
-        const int64_t here = min64(VW, n - c), at = (first + r) * n + c;
-        vstore_part(out + at, vload_part(base + at, here) + vload_part(s.rows + r * n + c, here), here);
-      }
+    if (kron.q) times_right(s.t2, kron.n1, kron.c, as_is(kron.q, kron.c), kron.n2, s.d);
+    add_lanes(kron.q ? s.d : s.t2, rows, n, y + first * n);
   }
 }
 
-// (rows, columns) to (columns, rows).
-inline const float* transposed(const float* from, int64_t rows, int64_t columns, float* out) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = from[i * columns + j];
-  return out;
-}
-
-// dx (m, k) and the gradients of w1, P and Q, one behind the other in `factors`; either may be NULL.
+// Adds to dx (m, k), and makes the gradients of w1, P and Q, one behind the other in `factors`; either may be NULL.
 template <class T>
-void kron_linear_backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, const Kron& kron, T* dx,
-                          float* factors, int threads) {
-  constexpr int64_t BLOCKS = 4, MOST_CHUNKS = 64;
+void add_kron_backward(int64_t m, const T* dy, int64_t lddy, const T* x, int64_t ldx, const Kron& kron, T* dx,
+                       float* factors, int threads) {
+  constexpr int64_t FEWEST = 64, MOST_CHUNKS = 64;
   const int64_t even = round_up((m + MOST_CHUNKS - 1) / MOST_CHUNKS, VW);
-  const int64_t tokens = even > BLOCKS * VW ? even : BLOCKS * VW, chunks = (m + tokens - 1) / tokens;
+  const int64_t tokens = even > FEWEST ? even : FEWEST, chunks = (m + tokens - 1) / tokens;
   const int64_t k = kron.k(), count = kron.factors();
-  auto* across = static_cast<float*>(scratch(SCRATCH_SPLIT, (count + 1) * sizeof(float)));
-  const float* w1t = transposed(kron.w1, kron.n1, kron.k1, across);
-  const float* pt = transposed(kron.p, kron.c, kron.k2, across + kron.n1 * kron.k1);
-  const float* qt = kron.q ? transposed(kron.q, kron.n2, kron.c, across + kron.n1 * kron.k1 + kron.c * kron.k2) : nullptr;
   auto* parts = static_cast<float*>(scratch(SCRATCH_SHARED, (factors ? chunks * count : 1) * sizeof(float)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -186,28 +202,23 @@ void kron_linear_backward(int64_t m, const T* dy, int64_t lddy, const T* x, int6
     if (factors) memset(sums, 0, count * VW * sizeof(float));
     for (int64_t first = chunk * tokens; first < min64(m, (chunk + 1) * tokens); first += VW) {
       const int64_t rows = min64(VW, m - first);
-      load_lanes(dy + first * lddy, lddy, rows, kron.n(), s.rows, s.d);
+      load_lanes(dy + first * lddy, lddy, rows, kron.n(), s.d);
       const float* g2 = s.d;
-      if (qt) {
-        times_right(s.d, kron.n1, kron.n2, qt, kron.c, s.g2);
+      if (kron.q) {
+        times_right(s.d, kron.n1, kron.n2, turned(kron.q, kron.c), kron.c, s.g2);
         g2 = s.g2;
       }
-      times_left(w1t, kron.k1, kron.n1, g2, kron.c, s.g1);
+      times_left(turned(kron.w1, kron.k1), kron.k1, kron.n1, g2, kron.c, s.g1);
       if (factors) {
-        load_lanes(x + first * ldx, ldx, rows, k, s.rows, s.x);
+        load_lanes(x + first * ldx, ldx, rows, k, s.x);
         forward_lanes(kron, s);
-        if (qt) add_outer(s.d, kron.n2, s.t2, kron.c, kron.n1, dq);
+        if (kron.q) add_outer(s.d, kron.n2, s.t2, kron.c, kron.n1, dq);
         add_inner(g2, kron.n1, s.t1, kron.k1, kron.c, dw1);
         add_outer(s.g1, kron.c, s.x, kron.k2, kron.k1, dp);
       }
       if (!dx) continue;
-      times_right(s.g1, kron.k1, kron.c, pt, kron.k2, s.x);
-      from_lanes(s.x, k, s.rows);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < k; c += VW) {
-          const int64_t here = min64(VW, k - c);
-          vstore_part(dx + (first + r) * k + c, vload_part(s.rows + r * k + c, here), here);
-        }
+      times_right(s.g1, kron.k1, kron.c, turned(kron.p, kron.k2), kron.k2, s.x);
+      add_lanes(s.x, rows, k, dx + first * k);
     }
     for (int64_t i = 0; factors && i < count; ++i) parts[chunk * count + i] = vsum(vload(sums + i * VW));
   }
@@ -220,22 +231,22 @@ void kron_linear_backward(int64_t m, const T* dy, int64_t lddy, const T* x, int6
 
 // ---- by dtype ----
 
-void kron_linear(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size, const float* w1,
-                 const float* p, const float* q, const void* base, void* out, int threads) {
+void add_kron(int32_t dtype, int64_t m, const void* x, int64_t ldx, const int64_t* size, const float* w1,
+              const float* p, const float* q, void* y, int threads) {
   const Kron kron{size[0], size[1], size[2], size[3], size[4], w1, p, q};
   as_type(dtype, x, [&](auto* rows) {
     using T = values_of<decltype(rows)>;
-    kron_linear(m, rows, ldx, kron, static_cast<const T*>(base), static_cast<T*>(out), threads);
+    add_kron(m, rows, ldx, kron, static_cast<T*>(y), threads);
   });
 }
 
-void kron_linear_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
-                          const int64_t* size, const float* w1, const float* p, const float* q, void* dx,
-                          float* factors, int threads) {
+void add_kron_backward(int32_t dtype, int64_t m, const void* dy, int64_t lddy, const void* x, int64_t ldx,
+                       const int64_t* size, const float* w1, const float* p, const float* q, void* dx, float* factors,
+                       int threads) {
   const Kron kron{size[0], size[1], size[2], size[3], size[4], w1, p, q};
   as_type(dtype, dy, [&](auto* rows) {
     using T = values_of<decltype(rows)>;
-    kron_linear_backward(m, rows, lddy, static_cast<const T*>(x), ldx, kron, static_cast<T*>(dx), factors, threads);
+    add_kron_backward(m, rows, lddy, static_cast<const T*>(x), ldx, kron, static_cast<T*>(dx), factors, threads);
   });
 }
 

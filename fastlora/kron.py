@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
 
 import torch
-from fastlora_kernels import native_kron
-from fastlora_kernels.native_library import DTYPES
+from fastlora_kernels.formats import StoredWeight
+from fastlora_kernels.native_library import DTYPES, isa
 from torch import Tensor
 
-from fastlora.ops.library import as_output, is_plain, no_autocast, refuse_double
+from fastlora import ops
+from fastlora.ops.library import is_plain, no_autocast
 from fastlora.ops.products import is_built
 
 Factor = Tensor | tuple[Tensor, Tensor]
@@ -24,6 +24,7 @@ Shape = tuple[int, int]
 # What the passes of the vec trick over x and y cost, in flops per element of them: x is read and
 # cast once more, the update is written, read and added.
 PASSES = 256
+NATIVE_PASSES = 32  # of the C++ kernel, where products of low rank have no matrix unit
 MOST_NUMBERS = 1 << 15  # of the factors that the kernel takes: its sums fit in a core's cache
 
 
@@ -104,70 +105,73 @@ def scaled(w: Factor, scaling: float) -> Factor:
     return w * scaling if isinstance(w, Tensor) else (w[0] * scaling, w[1])
 
 
-def add_kron_product(y: Tensor, x: Tensor, w1: Factor, w2: Factor, backend: str = "auto") -> Tensor:
-    """Return ``y + x kron(w1, w2)^T`` in y's dtype, rounded once; on the CPU by one kernel.
+def kron_linear(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    w1: Factor,
+    w2: Factor,
+    backend: str = "auto",
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Return ``x W^T + bias + dropped kron(w1, w2)^T`` in x's dtype by the vec trick.
 
-    Large factors are torch's: the kernel adds up their gradients in every thread's cache.
+    On the CPU the C++ kernel adds the update to the base's output, and its gradient to the base's,
+    in place; large factors are torch's, as the kernel sums their gradients in every core's cache.
 
     Args:
-        y: (..., n1 n2).
         x: (..., k1 k2).
+        weight: the stored (n1 n2, k1 k2) weight, frozen.
+        bias: (n1 n2,), or None.
         w1: see `kron_product`.
         w2: see `kron_product`.
         backend: "auto", or the name of one backend.
+        dropped: (..., k1 k2), what the update reads in x's place; None: x.
     """
-    if not _native_adds(y, x, w1, w2, backend):
-        return (y + kron_product(x, w1, w2)).to(y.dtype)
+    read = x if dropped is None else dropped
+    if not native_adds(read, w1, w2, backend) or read.dtype != x.dtype:
+        y = ops.linear(x, weight, bias, None, backend)
+        return (y + kron_product(read, w1, w2)).to(y.dtype)
+    return ops.kron_linear(x, weight, bias, *_as_three(w1, w2), backend, dropped)
+
+
+def add_in_place(x: Tensor, w1: Factor, w2: Factor, y: Tensor) -> Tensor:
+    """Return y, to which ``x kron(w1, w2)^T`` was added by the C++ kernel; without a gradient."""
+    return ops.add_kron(y, x, *_as_three(w1, w2))
+
+
+def _as_three(w1: Factor, w2: Factor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return w1 as a matrix, and p and q: w2 is p, or q p."""
     full = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]
-    p, q = (w2, None) if isinstance(w2, Tensor) else (w2[1], w2[0])
-    return cast(Tensor, _Native.apply(y, x, full, p, q))  # type: ignore[no-untyped-call]
+    return (full, w2, None) if isinstance(w2, Tensor) else (full, w2[1], w2[0])
 
 
-def _native_adds(y: Tensor, x: Tensor, w1: Factor, w2: Factor, backend: str) -> bool:
-    """Return whether the kernel is there and takes these."""
-    if backend not in ("auto", "native") or not is_plain(x, y) or not is_built():
+def native_adds(x: Tensor, w1: Factor, w2: Factor, backend: str) -> bool:
+    """Return whether the C++ kernel is there and takes these."""
+    if backend not in ("auto", "native") or not is_plain(x) or not is_built():
         return False
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     numbers = math.prod(shape_of(w1)) + sum(half.numel() for half in halves(w2))
     dtypes = {x.dtype, *(half.dtype for half in (*halves(w1), *halves(w2)))}
-    return x.dtype == y.dtype and dtypes <= DTYPES.keys() and numbers <= MOST_NUMBERS
+    return dtypes <= DTYPES.keys() and numbers <= MOST_NUMBERS
 
 
-class _Native(torch.autograd.Function):
-    """The C++ kernel, with its gradients, once."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, w1: Tensor, p: Tensor, q: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w1, p, q)
-        out = native_kron.kron_linear(
-            y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), (w1, p, q)
-        )
-        return as_output(out.view(y.shape))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            refuse_double("kron_linear")
-        x, w1, p, q = ctx.saved_tensors
-        need_y, need_x, *need_factors = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx, grads = native_kron.kron_linear_backward(
-            rows, x.reshape(-1, x.shape[-1]), (w1, p, q), need_x, any(need_factors)
-        )
-        pairs = zip(grads, (w for w in (w1, p, q) if w is not None), strict=False)
-        found = [grad.to(w.dtype) for grad, w in pairs] + [None] * 3
-        return dy if need_y else None, None if dx is None else dx.view(x.shape), *found[:3]
+def passes_of(w1: Factor, w2: Factor, backend: str) -> int:
+    """Return what the passes of the vec trick over x and y cost; see `rank_form`."""
+    if not native_adds(halves(w1)[0], w1, w2, backend) or isa() == "amx":
+        return PASSES
+    return NATIVE_PASSES
 
 
-def rank_form(w1: Factor, w2: Factor) -> tuple[int, str] | None:
+def rank_form(w1: Factor, w2: Factor, passes: int = PASSES) -> tuple[int, str] | None:
     """Return (rank, kind) of the low-rank form that is to be preferred, None for the vec trick.
 
     "both": the halves of w1 with those of w2. "rows": the identity of size n1 with w2's left half.
     "columns": the identity of size k1 with w2's right half.
 
     Let R be the smallest rank of these. Its form is preferred when ``2 R (N + K)`` flops per token
-    are fewer than the vec trick's and `PASSES` for each of its N + K wide elements, and when its
+    are fewer than the vec trick's and `passes` for each of its N + K wide elements, and when its
     ``R (N + K)`` numbers are at most ``8 r^2 (N + K)``.
     """
     if isinstance(w2, Tensor):
@@ -178,6 +182,6 @@ def rank_form(w1: Factor, w2: Factor) -> tuple[int, str] | None:
         forms.append((w1[1].shape[0] * r, "both"))
     rank, kind = min(forms)
     wide = n1 * n2 + k1 * k2
-    if rank > 8 * r * r or 2 * rank * wide >= best_order(w1, w2)[0] + PASSES * wide:
+    if rank > 8 * r * r or 2 * rank * wide >= best_order(w1, w2)[0] + passes * wide:
         return None
     return rank, kind

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastlora_kernels.low_rank import LowRank
 from torch import Tensor
 
-from fastlora import ops
+from fastlora import kron, ops
 from fastlora.factors import hada_factors, kron_factors
-from fastlora.kron import Factor, add_kron_product, halves, scaled, shape_of
+from fastlora.kron import Factor, halves, scaled, shape_of
 from fastlora.operands import Weight, as_stored, check_factors, size, with_dropout
 from fastlora.ops.library import activation_dtype
 
@@ -113,11 +113,12 @@ def kron_linear(
     if factors is not None:
         update = with_dropout(LowRank(*factors, float(scaling)), x, dropout, seed)
         return ops.linear(x, stored, bias, update, backend)
-    y = ops.linear(x, stored, bias, None, backend)
+    dropped = None
     if dropout:
         wide = x.to(halves(w1)[0].dtype)
-        x = ops.drop(wide, ops.dropout_seed(x) if seed is None else seed, dropout)
-    return add_kron_product(y, x, scaled(w1, float(scaling)), w2, backend)
+        dropped = ops.drop(wide, ops.dropout_seed(x) if seed is None else seed, dropout)
+    w1 = scaled(w1, float(scaling))
+    return kron.kron_linear(x, stored, bias, w1, w2, backend, dropped)
 
 
 def _check_kron(w1: Factor, w2: Factor, n: int, k: int, x: Tensor) -> None:

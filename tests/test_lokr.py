@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from fastlora_kernels import native_kron, native_library, native_products
+from fastlora_kernels.formats import StoredWeight
 from torch import nn
 
 import fastlora
 from fastlora import LoHaConfig, LoKrConfig, patch_model
 from fastlora.adapters import METHODS, AdapterConfig
 from fastlora.adapters.lokr import divide
-from fastlora.kron import add_kron_product
+from fastlora.kron import kron_linear
 from tests.models import fill_adapters, peft_model, plain
 from tests.twins import assert_same, twin
 
@@ -156,9 +157,14 @@ def test_reference_uses_no_kernel(config: AdapterConfig, monkeypatch: pytest.Mon
 def test_large_factors_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's sums for the gradients grow with the factors, in every thread."""
     w1, w2 = torch.randn(2, 2), torch.randn(200, 200, requires_grad=True)
-    x, y = torch.randn(3, 400), torch.randn(3, 400)
-    monkeypatch.setattr(native_kron, "kron_linear", None)
-    out = add_kron_product(y, x, w1, w2)
-    torch.testing.assert_close(out, y + x @ torch.kron(w1, w2).t(), rtol=1e-4, atol=1e-4)
+    x, dense = torch.randn(3, 400), torch.randn(400, 400)
+    monkeypatch.setattr(native_kron, "add_kron", None)
+
+    def run(size: int) -> torch.Tensor:
+        weight = StoredWeight(dense[:size, :size].contiguous(), None, None, None, "dense", 0)
+        return kron_linear(x[:, :size], weight, None, w1, w2[: size // 2, : size // 2])
+
+    expected = x @ (dense + torch.kron(w1, w2)).t()
+    torch.testing.assert_close(run(400), expected, rtol=1e-4, atol=1e-3)
     with pytest.raises(TypeError):
-        add_kron_product(y[:, :40], x[:, :40], w1, w2[:20, :20])
+        run(40)

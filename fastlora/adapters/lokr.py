@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,15 @@ from fastlora.adapters.call import Base, Call
 from fastlora.adapters.method import AdapterSpec
 from fastlora.adapters.product import Product, ProductConfig, keep_rows
 from fastlora.factors import kron_factors
-from fastlora.kron import Factor, add_kron_product, kron_product, scaled
+from fastlora.kron import (
+    Factor,
+    add_in_place,
+    kron_linear,
+    kron_product,
+    native_adds,
+    scaled,
+    shape_of,
+)
 
 W1, W2 = "lokr_w1", "lokr_w2"
 
@@ -140,18 +149,23 @@ class LoKr(Product):
         if update is not None:
             return self.low_rank_call(x, base, params, spec, update, training)
         w1, w2 = scaled(_factor(params, W1), spec.scaling), _factor(params, W2)
-
-        def finish(y: Tensor) -> Tensor:
-            rows = keep_rows(spec, y.shape[-1], y.device, training)
-            if rows is None:
-                return add_kron_product(y, x, w1, w2, base.backend)
-            return (y + kron_product(x, w1, w2) * rows).to(y.dtype)
-
-        return Call(x, base.bias, None, finish)
+        rows = keep_rows(spec, shape_of(w1)[0] * shape_of(w2)[0], x.device, training)
+        if rows is not None or not native_adds(x, w1, w2, base.backend):
+            return Call(x, base.bias, None, partial(_add, x, w1, w2, rows))
+        if not torch.is_grad_enabled():  # a group's product may have been shared
+            return Call(x, base.bias, None, partial(add_in_place, x, w1, w2))
+        alone = partial(kron_linear, x, base.weight, base.bias, w1, w2, base.backend)
+        return Call(x, base.bias, None, None, alone)
 
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return the scaled update."""
         return torch.kron(_whole(params, W1), _whole(params, W2)) * spec.scaling
+
+
+def _add(x: Tensor, w1: Factor, w2: Factor, rows: Tensor | None, y: Tensor) -> Tensor:
+    """Return y plus the update of x, some of whose rows are dropped."""
+    update = kron_product(x, w1, w2)
+    return (y + (update if rows is None else update * rows)).to(y.dtype)
 
 
 def _shapes(name: str, n: int, k: int, r: int, low: bool) -> dict[str, tuple[int, ...]]:

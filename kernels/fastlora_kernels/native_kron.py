@@ -22,21 +22,17 @@ def _prepared(factors: Factors) -> tuple[ctypes.Array[ctypes.c_int64], Factors]:
     return (ctypes.c_int64 * 5)(*size), (w1, p, q)
 
 
-def kron_linear(base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-    """``base + x kron(w1, w2)^T``, with w2 = p, or q p; computed in float32, rounded once.
+def add_kron(y: Tensor, x: Tensor, factors: Factors) -> None:
+    """``y += x kron(w1, w2)^T`` in place, with w2 = p, or q p; computed in float32, rounded once.
 
     Args:
-        base: (M, n1 n2), float32, bfloat16 or float16.
+        y: (M, n1 n2), float32, bfloat16 or float16, contiguous.
         x: (M, k1 k2), the same dtype.
         factors: w1 (n1, k1); p (n2, k2) and None, or p (c, k2) and q (n2, c); any float.
-
-    Returns:
-        (M, n1 n2) in base's dtype.
     """
-    x, base = by_rows(x), base.contiguous()
+    x = by_rows(x)
     size, (w1, p, q) = _prepared(factors)
-    out = torch.empty_like(base)
-    status = library().fastlora_kron_linear(
+    status = library().fastlora_add_kron(
         DTYPES[x.dtype],
         x.shape[0],
         x.data_ptr(),
@@ -45,30 +41,33 @@ def kron_linear(base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         w1.data_ptr(),
         p.data_ptr(),
         pointer(q),
-        base.data_ptr(),
-        out.data_ptr(),
+        y.data_ptr(),
         torch.get_num_threads(),
     )
-    check(status, "fastlora_kron_linear")
-    return out
+    check(status, "fastlora_add_kron")
 
 
-def kron_linear_backward(
-    dy: Tensor, x: Tensor, factors: Factors, need_dx: bool, need_factors: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of `kron_linear` for the output gradient dy (M, n1 n2).
+def add_kron_backward(
+    dy: Tensor, x: Tensor, factors: Factors, dx: Tensor | None, need_factors: bool
+) -> list[Tensor]:
+    """Gradients of `add_kron` for the output gradient dy (M, n1 n2).
+
+    Args:
+        dy: (M, n1 n2).
+        x: (M, k1 k2), dy's dtype.
+        factors: as in `add_kron`.
+        dx: (M, k1 k2), dy's dtype, contiguous: x's gradient is added to it in place; or None.
+        need_factors: whether the gradients of the factors are wanted.
 
     Returns:
-        dx (M, k1 k2) in dy's dtype or None; the gradients of w1, p and, where given, q, float32
-        (empty where not needed).
+        The gradients of w1, p and, where given, q, float32; empty where not needed.
     """
     dy, x = by_rows(dy), by_rows(x)
     size, used = _prepared(factors)
     shapes = [w.shape for w in used if w is not None]
-    dx = torch.empty(x.shape, dtype=dy.dtype) if need_dx else None
     flat = torch.empty(sum(s.numel() for s in shapes)) if need_factors else None
     w1, p, q = used
-    status = library().fastlora_kron_linear_backward(
+    status = library().fastlora_add_kron_backward(
         DTYPES[dy.dtype],
         dy.shape[0],
         dy.data_ptr(),
@@ -83,8 +82,8 @@ def kron_linear_backward(
         pointer(flat),
         torch.get_num_threads(),
     )
-    check(status, "fastlora_kron_linear_backward")
+    check(status, "fastlora_add_kron_backward")
     if flat is None:
-        return dx, []
+        return []
     parts = torch.split(flat, [shape.numel() for shape in shapes])
-    return dx, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -90,8 +90,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "fastlora_row_norms": ([_i32, _i64, _i64, _p, _p, _p, _p, ctypes.c_float, _p, _i32], _i32),
     "fastlora_products": ([_i32, _i32, _p, _p, _p, _p, _i32], _i32),
     "fastlora_products_backward": ([_i32, _i32, _p, _p, _p, _p, _p, _p, _i32], _i32),
-    "fastlora_kron_linear": ([_i32, _i64, _p, _i64, _p, _p, _p, _p, _p, _p, _i32], _i32),
-    "fastlora_kron_linear_backward": (
+    "fastlora_add_kron": ([_i32, _i64, _p, _i64, _p, _p, _p, _p, _p, _i32], _i32),
+    "fastlora_add_kron_backward": (
         [_i32, _i64, _p, _i64, _p, _i64, _p, _p, _p, _p, _p, _p, _i32],
         _i32,
     ),

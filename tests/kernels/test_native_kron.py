@@ -43,16 +43,26 @@ def test_contract(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     factors += [torch.randn(n2, c)] if c else []
     w1, p, q = factors[0], factors[1], factors[2] if c else None
     with contract.poisoned():
-        y = native_kron.kron_linear(base, x, (w1, p, q))
-        dx, grads = native_kron.kron_linear_backward(dy, x, (w1, p, q), True, True)
-    assert dx is not None
+        y = base.clone()
+        native_kron.add_kron(y, x, (w1, p, q))
+        dx = torch.zeros_like(x)
+        grads = native_kron.add_kron_backward(dy, x, (w1, p, q), dx, True)
     plain = with_gradients(base, x, factors, dy)
     truth = with_gradients(base.double(), x.double(), [w.double() for w in factors], dy.double())
     names = ("y", "dx", "dw1", "dp", "dq")
     for name, ours, unfused, exact in zip(names, [y, dx, *grads], plain, truth, strict=False):
         contract.compare(f"{isa} {shape} {name}", ours, unfused, exact)
-    again, _ = native_kron.kron_linear_backward(dy, x, (w1, p, q), True, False)
-    assert torch.equal(again if again is not None else dx, dx)
+    again = torch.zeros_like(x)
+    assert native_kron.add_kron_backward(dy, x, (w1, p, q), again, False) == []
+    assert torch.equal(again, dx)
+    twice = native_kron.add_kron_backward(dy, x, (w1, p, q), None, True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, twice, strict=True))
+    into = torch.randn_like(x)
+    sums = torch.zeros(x.shape)
+    native_kron.add_kron_backward(dy.float(), x.float(), (w1, p, q), sums, False)
+    expected = (into.float() + sums).to(dtype)
+    native_kron.add_kron_backward(dy, x, (w1, p, q), into, False)
+    assert torch.equal(into, expected)  # added in float32, rounded once
 
 
 def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
@@ -62,11 +72,12 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(native_kron.kron_linear_backward(dy, x, (w1, p, None), True, True))
+            dx = torch.zeros_like(x)
+            found.append((dx, native_kron.add_kron_backward(dy, x, (w1, p, None), dx, True)))
     finally:
         torch.set_num_threads(threads)
     for dx, grads in found[1:]:
-        assert dx is not None and found[0][0] is not None and torch.equal(dx, found[0][0])
+        assert torch.equal(dx, found[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, found[0][1], strict=True))
 
 
@@ -74,6 +85,7 @@ def test_strides_and_no_rows() -> None:
     w1, p = torch.randn(2, 3), torch.randn(4, 5)
     wide = torch.randn(6, 30)
     base = torch.randn(6, 8)
-    close = native_kron.kron_linear(base, wide[:, :15], (w1, p, None))
+    close = base.clone()
+    native_kron.add_kron(close, wide[:, :15], (w1, p, None))
     torch.testing.assert_close(close, definition(base, wide[:, :15].contiguous(), w1, p, None))
-    assert native_kron.kron_linear(base[:0], wide[:0, :15], (w1, p, None)).shape == (0, 8)
+    native_kron.add_kron(base[:0], wide[:0, :15], (w1, p, None))
