@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.checks import wide_dtype
-from fastlora.kron import Factor, kron_product, passes_of, rank_form
+from fastlora.kron import Factor, halves, kron_product, passes_of, rank_form
 from fastlora.ops.library import no_autocast
 from fastlora.ops.products import column_products, kronecker, native_takes, row_products
 
@@ -74,7 +74,8 @@ def kron_factors(w1: Factor, w2: Factor, backend: str = "auto") -> Pair | None:
 
     Source: LyCORIS, Yeh et al. 2024, arXiv:2309.14859.
     """
-    form = rank_form(w1, w2, passes_of(w1, w2, backend))
+    on_cpu = halves(w1)[0].is_cpu and not torch.compiler.is_compiling()
+    form = rank_form(w1, w2, passes_of(w1, w2, backend, on_cpu))
     if form is None:
         return None
     a, b = cast(Pair, w2)

@@ -148,20 +148,21 @@ def _as_three(w1: Factor, w2: Factor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def native_adds(x: Tensor, w1: Factor, w2: Factor, backend: str) -> bool:
     """Return whether the C++ kernel is there and takes these."""
-    if backend not in ("auto", "native") or not is_plain(x) or not is_built():
-        return False
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
-        return False
+    fits = is_plain(x) and x.is_cpu and x.dtype in DTYPES and not torch.is_autocast_enabled("cpu")
+    return fits and _kernel_takes(w1, w2, backend)
+
+
+def _kernel_takes(w1: Factor, w2: Factor, backend: str) -> bool:
+    """Return whether the C++ kernel is there and takes these factors, on the CPU."""
     numbers = math.prod(shape_of(w1)) + sum(half.numel() for half in halves(w2))
-    dtypes = {x.dtype, *(half.dtype for half in (*halves(w1), *halves(w2)))}
-    return dtypes <= DTYPES.keys() and numbers <= MOST_NUMBERS
+    known = all(half.dtype in DTYPES for half in (*halves(w1), *halves(w2)))
+    return backend in ("auto", "native") and known and numbers <= MOST_NUMBERS and is_built()
 
 
-def passes_of(w1: Factor, w2: Factor, backend: str) -> int:
+def passes_of(w1: Factor, w2: Factor, backend: str, on_cpu: bool) -> int:
     """Return what the passes of the vec trick over x and y cost; see `rank_form`."""
-    if not native_adds(halves(w1)[0], w1, w2, backend) or isa() == "amx":
-        return PASSES
-    return NATIVE_PASSES
+    cheap = on_cpu and _kernel_takes(w1, w2, backend) and isa() != "amx"
+    return NATIVE_PASSES if cheap else PASSES
 
 
 def rank_form(w1: Factor, w2: Factor, passes: int = PASSES) -> tuple[int, str] | None:

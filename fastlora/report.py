@@ -142,10 +142,11 @@ def _accelerated(name: str, module: Accelerated, record: InPlace) -> dict[str, A
 
 def _row(name: str, module: AdapterLinear, record: Record) -> dict[str, Any]:
     stored, spec = module.stored_weight(), module.adapter
+    where = (stored.data.device.type, module.backend)
     notes = [record.plan.notes[name]] if name in record.plan.notes else []
     if spec is not None and spec.dropout > 0 and magnitude.NAME in spec.shapes:
         notes.append("dropout with a magnitude: two products with the weight in training")
-    if spec is not None and not METHODS[spec.method].rank(spec):
+    if spec is not None and not METHODS[spec.method].rank(spec, *where):
         notes.append("update computed beside the fused linear")
     others = partners(name, module)
     if others:
@@ -215,7 +216,8 @@ def _expert(name: str, module: AdapterExperts, key: str, record: Record) -> dict
 def _backend(module: AdapterLinear) -> str:
     """Return the name of the backend that runs a training batch, or "none"."""
     stored, spec, dtype = module.stored_weight(), module.adapter, module.original_dtype()
-    r = 0 if spec is None else METHODS[spec.method].rank(spec)
+    where = (stored.data.device.type, module.backend)
+    r = 0 if spec is None else METHODS[spec.method].rank(spec, *where)
     adapter = next(iter(module.adapter_params().values())).dtype if r else None
     kind = (stored.data.device.type, dtype, stored.format, stored.blocksize)
     problem = Problem(

@@ -168,3 +168,16 @@ def test_large_factors_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(run(400), expected, rtol=1e-4, atol=1e-3)
     with pytest.raises(TypeError):
         run(40)
+
+
+def test_report_tells_the_form_that_is_computed() -> None:
+    """Rank 64 where products of low rank are cheap; on most CPUs the kernel costs less."""
+    for backend in ("reference", "native"):
+        model: Any = nn.Sequential(nn.Linear(512, 512))
+        config = LoKrConfig(r=8, decompose_factor=8)
+        row = fastlora.report(patch_model(model, config, backend=backend))["modules"][0]
+        kron = not METHODS["lokr"].rank(model[0].adapter, "cpu", backend)
+        assert (row["notes"] == "update computed beside the fused linear") == kron
+        model(torch.randn(2, 512)).sum().backward()
+        assert (METHODS["lokr"].factors(model[0].adapter_params(), backend) is None) == kron
+        assert kron == (backend == "native" and native_library.isa() != "amx")

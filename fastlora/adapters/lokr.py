@@ -28,6 +28,8 @@ from fastlora.kron import (
     kron_linear,
     kron_product,
     native_adds,
+    passes_of,
+    rank_form,
     scaled,
     shape_of,
 )
@@ -134,6 +136,13 @@ class LoKr(Product):
             return None
         full, half = (W2, f"{W2}_b") if config.init_weights == "lycoris" else (W1, f"{W1}_a")
         return full if full in spec.shapes else half
+
+    def rank(self, spec: AdapterSpec, device: str = "meta", backend: str = "auto") -> int:
+        """Return the rank of the low-rank form on a device of this type; 0 when there is none."""
+        empty = {n: torch.empty(shape, device="meta") for n, shape in spec.shapes.items()}
+        w1, w2 = _factor(empty, W1), _factor(empty, W2)
+        form = rank_form(w1, w2, passes_of(w1, w2, backend, device == "cpu"))
+        return 0 if form is None else form[0]
 
     def factors(
         self, params: Mapping[str, Tensor], backend: str = "auto"

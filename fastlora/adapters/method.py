@@ -126,8 +126,8 @@ class Method(ABC):
     def delta(self, params: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
         """Return the scaled update, (N, K) float32 or wider, without the magnitude."""
 
-    def rank(self, spec: AdapterSpec) -> int:
-        """Return the rank of the low-rank form; 0 when there is none."""
+    def rank(self, spec: AdapterSpec, device: str = "meta", backend: str = "auto") -> int:
+        """Return the rank of the low-rank form on a device of this type; 0 when there is none."""
         empty = {n: torch.empty(shape, device="meta") for n, shape in spec.shapes.items()}
         factors = self.factors(empty)
         return 0 if factors is None else factors[0].shape[0]
