@@ -38,7 +38,7 @@ inline void dots(const X* x, int64_t ldx, const L* a, int64_t k, float scale, fl
 template <int MR, class X, class L>
 inline void project_rows(const X* x, int64_t ldx, int64_t count, const L* a, int64_t r, int64_t k, float scale,
                          float* out, int64_t ldo) {
-  constexpr int JR = 8;
+  constexpr int JR = VW == 16 || MR == 1 ? 8 : 4;  // the sums are in registers, and each load meets several
   for (int64_t j = 0; j < r; j += JR) {
     const bool wide = j + JR <= r;
     if (wide && count == MR) {
@@ -57,7 +57,7 @@ inline void project_rows(const X* x, int64_t ldx, int64_t count, const L* a, int
 template <class X, class L>
 inline void project(const X* x, int64_t ldx, const Rows& rows, const Span& g, const L* a, int64_t r, int64_t k,
                     float scale, const Dropout& dropout, float* out, int threads) {
-  constexpr int MR = VW == 16 ? 3 : 1;
+  constexpr int MR = 3;
   const int64_t last = g.first + g.count;
   const L* ranks = a + g.rank * k;
   if (dropout.on) scale *= dropout.scale;
@@ -111,12 +111,19 @@ inline void outer(const float* const* s, int64_t rank, const float* x, int64_t r
   }
 }
 
+template <class X>
+inline void prefetch(const X* values, int64_t count) {
+  const char* at = reinterpret_cast<const char*>(values);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(X)); i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 // out = scale * s (m, r)^T drop(x) (m, columns), stored (r, columns), or (columns, r) when `transposed`.
 template <class X, class L>
 inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx, const Rows& all,
                              int64_t columns, float scale, const Dropout& dropout, bool transposed, L* out,
                              int threads) {
-  constexpr int64_t WIDTH = 256, ROWS = 32, LD = WIDTH + 16;  // 17 cache lines apart: no two rows share a set
+  constexpr int JR = VW == 16 ? 8 : 4;  // twice as many sums, in registers
+  constexpr int64_t WIDTH = 128, ROWS = 32, AHEAD = ROWS * 2 * VW / WIDTH, LD = WIDTH + 16;  // 9 cache lines apart: no two rows share a set
   if (dropout.on) scale *= dropout.scale;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t col = 0; col < columns; col += WIDTH) {
@@ -137,8 +144,10 @@ inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx,
         for (int64_t c = 0; c < cols; c += 2 * VW) {
           int64_t j = g.rank;
           const int64_t last = g.rank + g.r;
-          for (; j + 8 <= last; j += 8) outer<8>(lines, j, block + c, rows, sums + j * LD + c, LD);
+          for (; j + JR <= last; j += JR) outer<JR>(lines, j, block + c, rows, sums + j * LD + c, LD);
           for (; j < last; ++j) outer<1>(lines, j, block + c, rows, sums + j * LD + c, LD);
+          const int64_t next = first + ROWS + c / (2 * VW) * AHEAD;  // rows are too far apart for the hardware to see
+          for (int64_t i = next; i < min64(next + AHEAD, g.count); ++i) prefetch(x + col + all.at(g.first + i) * ldx, cols);
         }
       }
     for (int64_t c = 0; c < cols; ++c)
