@@ -151,6 +151,10 @@ def _fields(model: nn.Module, record: Record, config: AdapterConfig) -> dict[str
     alpha = config.alpha_field
     always = {"r": config.r, alpha: getattr(config, alpha), "task_type": config.task_type}
     fields = {**always, **config.changed_fields()}
+    if config.peft_type == "LORA" and any(
+        getattr(model.get_submodule(name), "fan_in_fan_out", False) for name in record.plan.adapted
+    ):
+        fields["fan_in_fan_out"] = True
     if config.all_linear:
         fields["target_modules"] = _target_names(model, record.plan, config)
     base = getattr(model, "name_or_path", None) or None

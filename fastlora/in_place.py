@@ -76,6 +76,12 @@ class Accelerated(nn.Module):
     plain: ClassVar[type[nn.Module]]
     fastlora_state: State
 
+    def prepare(self) -> None:
+        """Lay the weight out as kernels read it, after the swap."""
+
+    def release(self) -> None:
+        """Undo what `prepare` did, as far as others see it, before the class is restored."""
+
     def problem(self) -> Problem:
         """Return a training batch of this layer."""
         raise NotImplementedError
@@ -212,9 +218,7 @@ def accelerate(model: nn.Module, backend: str, nbytes: int, compute: str = "auto
         module = cast(Any, model.get_submodule(name) if name else model)
         setattr(module, STATE, State(backend, Cache(), compute))
         module.__class__ = swap.cls
-        prepare = getattr(module, "prepare", None)
-        if prepare is not None:
-            prepare()
+        module.prepare()
     for plugin in PLUGINS.values():
         guard = getattr(sys.modules.get(plugin), "guard", None)
         if guard is not None:
@@ -240,5 +244,6 @@ def restore(model: nn.Module) -> None:
                 del module._forward_pre_hooks[key]
         if isinstance(module, Accelerated):
             plain = module.plain
+            module.release()
             delattr(module, STATE)
             module.__class__ = plain  # type: ignore[assignment]

@@ -7,6 +7,7 @@ them. All state is plain tensors and plain Python, so copies, pickles and `.to()
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -16,6 +17,7 @@ from fastlora_kernels.formats import StoredWeight
 from torch import Tensor, nn
 
 from fastlora.adapters import METHODS, AdapterSpec, Base, Cache, Call
+from fastlora.linears import by_outputs, is_conv1d, sizes
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
 
 if TYPE_CHECKING:
@@ -46,16 +48,19 @@ class AdapterLinear(nn.Linear):
         backend: "auto", or the name of the backend that runs it.
         cache: what the layer remembers between calls.
         group: the linears that it is computed with, or None; see `fastlora.fuse_groups`.
+        fan_in_fan_out: whether it was a Conv1D of transformers; a dense `weight` is (K, N) then.
     """
 
     adapter: AdapterSpec | None
     backend: str
     cache: Cache
     group: Group | None = None
+    fan_in_fan_out: bool = False
 
     def stored_weight(self) -> StoredWeight:
         """Return the weight as kernels read it, sharing memory."""
-        return StoredWeight(self.weight, None, None, None, "dense", 0)
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return StoredWeight(weight, None, None, None, "dense", 0)
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters by name; none without an adapter."""
@@ -99,7 +104,8 @@ class AdapterLinear(nn.Linear):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the base weight (N, K), without the adapter."""
-        return self.weight.detach().to(dtype or self.weight.dtype)
+        weight = self.weight.detach().to(dtype or self.weight.dtype)
+        return weight.t() if self.fan_in_fan_out else weight
 
     def original_dtype(self) -> torch.dtype:
         """Return the dtype of the weight that the layer was made from."""
@@ -242,31 +248,31 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 
 def to_adapter_linear(
-    linear: nn.Linear,
+    linear: nn.Module,
     spec: AdapterSpec | None,
     params: Mapping[str, Tensor],
     quant: QuantConfig | None,
     backend: str,
     compute: str = "auto",
 ) -> None:
-    """Turn an nn.Linear into one of these modules, in place.
+    """Turn a linear into one of these modules, in place.
 
     Args:
-        linear: exactly an nn.Linear, checked by the caller, or one of these without an adapter,
-            whose weight is kept as it is.
+        linear: exactly an nn.Linear or a Conv1D of transformers, checked by the caller, or one of
+            these without an adapter, whose weight is kept as it is.
         spec: its adapter, or None.
         params: the adapter's first values by name; they get the weight's device.
         quant: how to store the weight in 4 bits; None keeps it dense.
         backend: "auto" or the name of a backend.
         compute: "fp8", for a 4-bit weight: multiply in 8 bits from now on.
     """
-    dense = linear.weight.detach()
-    wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
     module: Any = linear
+    dense = by_outputs(linear).detach()
+    wide = torch.float32 if quant or dense.dtype.itemsize < 4 else dense.dtype
     if isinstance(linear, AdapterLinear):
         quant = None
     else:
-        linear.__class__ = AdapterLinear if quant is None else QuantizedLinear
+        to_class(linear, AdapterLinear if quant is None else QuantizedLinear)
     module.adapter, module.backend, module.cache = spec, backend, Cache()
     module.weight.requires_grad_(False)
     if compute != "auto" and isinstance(module, QuantizedLinear):
@@ -282,8 +288,18 @@ def to_adapter_linear(
         METHODS[spec.method].settle(module.base(), params, spec, dtype)
 
 
-def to_linear(module: AdapterLinear, weight: Tensor) -> None:
-    """Turn a swapped module back into a plain nn.Linear with this dense weight, in place."""
+def to_class(linear: Any, kind: type[AdapterLinear]) -> None:
+    """Give a linear the class of a swapped one; a dense weight of a Conv1D is laid out by rows."""
+    if is_conv1d(linear):
+        linear.out_features, linear.in_features = sizes(linear)
+        linear.fan_in_fan_out = True
+        if kind is AdapterLinear:
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+    linear.__class__ = kind
+
+
+def to_linear(module: AdapterLinear, weight: Tensor | None) -> None:
+    """Turn a swapped module back into what it was, with this weight (N, K); None: its own."""
     for name in module.adapter_params():
         delattr(module, name)
     if isinstance(module, QuantizedLinear):
@@ -292,6 +308,15 @@ def to_linear(module: AdapterLinear, weight: Tensor) -> None:
         vars(module).pop("compute", None)
     del module.adapter, module.backend, module.cache
     vars(module).pop("group", None)
-    if module.weight is not weight:
+    plain: Any = nn.Linear
+    if module.fan_in_fan_out:
+        del module.fan_in_fan_out, module.out_features, module.in_features
+        plain, weight = sys.modules["transformers.pytorch_utils"].Conv1D, _turned(weight)
+    if weight is not None:
         module.weight = nn.Parameter(weight, requires_grad=False)
-    module.__class__ = nn.Linear  # type: ignore[assignment]
+    module.weight.data = module.weight.data.contiguous()
+    module.__class__ = plain
+
+
+def _turned(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.t()

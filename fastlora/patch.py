@@ -17,9 +17,10 @@ from fastlora.dispatch import check_backend, check_compute
 from fastlora.experts import AdapterExperts, to_experts, to_plain_experts
 from fastlora.fuse import unfuse
 from fastlora.in_place import InPlace, accelerate, found_record, restore
+from fastlora.layer_checks import check_packed
 from fastlora.layers import AdapterLinear, QuantizedLinear, to_adapter_linear, to_linear
 from fastlora.other_layers import OtherLayer, can_adapt, to_other_layer, to_plain
-from fastlora.plan import Plan, check_packed, make_plan
+from fastlora.plan import Plan, make_plan
 from fastlora.quant import QuantConfig
 
 RECORD = "_fastlora"
@@ -337,7 +338,7 @@ def unpatch(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         module = model.get_submodule(name)
         if isinstance(module, AdapterLinear):
             is_dense = not isinstance(module, QuantizedLinear)
-            to_linear(module, module.weight if is_dense else module.dense_weight())
+            to_linear(module, None if is_dense else module.dense_weight())
         elif isinstance(module, OtherLayer):
             to_plain(module, module.weight)
     for name in record.plan.experts:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora.adapters import METHODS, AdapterConfig, AdapterSpec, method_of
+from fastlora.adapters import AdapterConfig, AdapterSpec, method_of
 from fastlora.adapters.targets import matches
-from fastlora.checks import FLOATS
-from fastlora.dispatch import Problem, pick
 from fastlora.expert_plan import ExpertsPlan, plan_experts
 from fastlora.experts import AdapterExperts
+from fastlora.layer_checks import TOO_WIDE, check_layer, refuse_rank, too_wide
 from fastlora.layers import AdapterLinear, QuantizedLinear
+from fastlora.linears import is_conv1d, is_linear, linears, sizes
 from fastlora.other_layers import can_adapt, spec_of
 from fastlora.quant import QuantConfig
 from fastlora.weight_reads import Read, weight_reads
@@ -73,11 +70,6 @@ class Plan:
         return {name: spec for name, spec in self.specs.items() if spec is not None}
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every nn.Linear of a model by name, subclasses and swapped ones included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
 def make_plan(
     model: nn.Module,
     config: AdapterConfig | None,
@@ -108,10 +100,10 @@ def make_plan(
     for name, module in model.named_modules():
         inside = any(name == saved or name.startswith(saved + ".") for saved in plan.saved)
         if not name or inside or not (config is None or config.wants(name)):
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 reason = "trained whole" if inside else reasons.get(name) or _foreign(name, module)
                 _place_base(plan, name, quant if has_head else None, reason, reads.get(name))
-        elif not isinstance(module, nn.Linear):
+        elif not is_linear(module):
             if explicit and config is not None:
                 _place_other(plan, name, module, config, tied)
         else:
@@ -132,7 +124,6 @@ def make_plan(
     return plan
 
 
-_TOO_WIDE = "its rank {} is more than the smaller side of its weight"
 _NOT_LINEAR = (
     "a target module must be an nn.Linear, a convolution or an nn.Embedding, but {!r} is a {}; name"
     " others in target_modules or exclude it"
@@ -176,7 +167,7 @@ def _tied(model: nn.Module) -> set[int]:
 def _place(
     plan: Plan,
     name: str,
-    module: nn.Linear,
+    module: nn.Module,
     config: AdapterConfig | None,
     quant: QuantConfig | None,
     reason: str | None,
@@ -190,8 +181,8 @@ def _place(
     if config is None and quant is not None and read is not None:
         reason = reason or str(read)
     spec = _spec(config, name, module)
-    if spec is not None and not explicit and _too_wide(spec, module):
-        reason = reason or _TOO_WIDE.format(spec.r)
+    if spec is not None and not explicit and too_wide(spec, module):
+        reason = reason or TOO_WIDE.format(spec.r)
     if foreign is not None or (reason is not None and not explicit):
         plan.skipped[name] = foreign or reason or ""
         return
@@ -266,9 +257,10 @@ def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str
     return reasons
 
 
-def _foreign(name: str, module: nn.Linear) -> str | None:
+def _foreign(name: str, module: nn.Module) -> str | None:
     """Return why a linear can't be swapped, or None."""
-    if type(module) is not nn.Linear and not isinstance(module, AdapterLinear):
+    plain = type(module) is nn.Linear or is_conv1d(module)
+    if not plain and not isinstance(module, AdapterLinear):
         return (
             f"a target module must be exactly an nn.Linear, but {name!r} is a"
             f" {type(module).__name__}, whose forward would be lost; exclude it"
@@ -292,8 +284,8 @@ def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -
     wanted = [n for n in plan.skipped if config is None or config.wants(n)]
     if wanted:
         spec = _spec(config, wanted[0], model.get_submodule(wanted[0]))
-        if spec is not None and plan.skipped[wanted[0]] == _TOO_WIDE.format(spec.r):
-            _refuse_rank(wanted[0], model.get_submodule(wanted[0]), spec)
+        if spec is not None and plan.skipped[wanted[0]] == TOO_WIDE.format(spec.r):
+            refuse_rank(wanted[0], model.get_submodule(wanted[0]), spec)
         raise ValueError(
             f"{asked} must match an nn.Linear that can be patched, but none of {len(wanted)} can"
             f"{others}; {wanted[0]}: {plan.skipped[wanted[0]]}"
@@ -308,119 +300,21 @@ def _check_matched(model: nn.Module, config: AdapterConfig | None, plan: Plan) -
 def _holds_matrix(module: nn.Module) -> bool:
     """Return whether a module that is no linear has a weight that looks like one's."""
     weight = module._parameters.get("weight")
-    own = isinstance(module, (nn.Linear, nn.Embedding)) or can_adapt(module)
+    own = is_linear(module) or isinstance(module, nn.Embedding) or can_adapt(module)
     return not own and weight is not None and weight.dim() == 2
 
 
 def _spec(config: AdapterConfig | None, name: str, module: nn.Module) -> AdapterSpec | None:
     """Return what the adapter of a linear is; None of what is no linear, or without a config."""
-    if config is None or not isinstance(module, nn.Linear):
+    if config is None or not is_linear(module):
         return None
-    return method_of(config).spec(config, name, module.out_features, module.in_features)
-
-
-def _too_wide(spec: AdapterSpec, module: nn.Linear) -> bool:
-    """Return whether the rank of an adapter is more than that of any update."""
-    smaller = min(module.out_features, module.in_features)
-    return METHODS[spec.method].bounded and spec.r > smaller
-
-
-def _refuse_rank(name: str, module: Any, spec: AdapterSpec) -> NoReturn:
-    """Raise that the rank of an adapter is more than that of any update."""
-    n, k = module.out_features, module.in_features
-    raise ValueError(
-        f"the rank of {name!r} must be at most {min(n, k)}, the smaller side of its {n} x {k}"
-        f" weight, got {spec.r}; lower r or set rank_pattern"
-    )
+    return method_of(config).spec(config, name, *sizes(module))
 
 
 def _short(name: str) -> str:
     """Return the last part of a name; the whole name when that is a number."""
     last = name.rpartition(".")[2]
     return name if last.isdigit() else last
-
-
-def check_layer(
-    name: str,
-    module: nn.Module,
-    spec: AdapterSpec | None,
-    quant: QuantConfig | None,
-    backend: str,
-    compute: str = "auto",
-    bounded: bool = True,
-) -> None:
-    """Raise unless this linear, with its values, can have this adapter and this format."""
-    assert isinstance(module, nn.Linear)
-    n, k = module.out_features, module.in_features
-    method = None if spec is None else METHODS[spec.method]
-    if bounded and spec is not None and _too_wide(spec, module):
-        _refuse_rank(name, module, spec)
-    if isinstance(module, AdapterLinear):
-        return
-    _check_tensors(name, module)
-    if quant is not None and k == 1 and n % 2:
-        raise ValueError(
-            f"a weight with one column must have an even number of rows to be stored in 4 bits,"
-            f" but {name!r} is {n} x 1; exclude it"
-        )
-    if quant is not None and module.weight.dtype == torch.float64:
-        raise TypeError(
-            f"a weight must be float32, bfloat16 or float16 to be stored in 4 bits, but {name!r} is"
-            " float64; convert the model"
-        )
-    format, blocksize = ("dense", 0) if quant is None else (quant.quant_type, quant.blocksize)
-    compute = "auto" if quant is None else compute
-    r = 0 if method is None or spec is None else method.rank(spec)
-    _check_backend(module, (format, blocksize), module.weight.dtype, r, backend, compute)
-
-
-def check_packed(model: nn.Module, backend: str, compute: str) -> None:
-    """Raise unless a backend multiplies every 4-bit weight of a model in this way."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            kind = (module.quant.quant_type, module.quant.blocksize)
-            _check_backend(module, kind, module.quant.dtype, 0, backend, compute)
-
-
-def _check_backend(
-    module: nn.Linear,
-    kind: tuple[str, int],
-    dtype: torch.dtype,
-    r: int,
-    backend: str,
-    compute: str,
-) -> None:
-    """Raise unless a backend takes a training batch of this linear, on the device where it is."""
-    n, k, device = module.out_features, module.in_features, module.weight.device
-    adapter = torch.promote_types(dtype, torch.float32) if r else None
-    problem = Problem("lora_linear", device.type, dtype, *kind, 512, n, k, r, adapter, compute)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        pick(problem, backend)
-
-
-def _check_tensors(name: str, module: nn.Linear) -> None:
-    weight, bias = module.weight, module.bias
-    if weight.is_meta:
-        raise ValueError(
-            f"the weight of {name!r} must hold values, but it is on the meta device; load the"
-            " model first"
-        )
-    if bias is not None and bias.device != weight.device:
-        raise ValueError(
-            f"weight and bias of {name!r} must be on one device, got {weight.device} and"
-            f" {bias.device}; move one of them"
-        )
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATS:
-        raise TypeError(
-            f"the weight of {name!r} must be a plain floating tensor, got {type(weight).__name__}"
-            f" of {weight.dtype}; load the model in float32, bfloat16 or float16"
-        )
-    ends = torch.stack(weight.detach().aminmax()) if weight.numel() else weight.new_zeros(0)
-    if not bool(torch.isfinite(ends).all()):  # NaN is both ends; much faster than every element
-        raise ValueError(
-            f"the weight of {name!r} must be finite, but it holds NaN or infinity; repair the"
-            " checkpoint"
-        )
 
 
 def _biases(model: nn.Module, bias: str, plan: Plan) -> list[str]:

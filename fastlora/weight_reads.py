@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastlora.linears import linears
+
 FACTS = frozenset(("dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_meta"))
 """What may be read of a weight without its values."""
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
@@ -39,9 +41,9 @@ class Read(NamedTuple):
 def weight_reads(model: nn.Module) -> dict[str, Read]:
     """Return the linears of a model whose weight another module reads, by name.
 
-    PyTorch's own modules are left out: what they read is no nn.Linear, or `patch_model` sees to it.
+    PyTorch's own modules are left out: what they read is no linear, or `patch_model` sees to it.
     """
-    names = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = {id(m): name for name, m in linears(model).items()}
     found: dict[str, Read] = {}
     for module in model.modules():
         kind: Any = type(module)

@@ -164,7 +164,7 @@ def test_configs_take_what_scripts_of_peft_pass(name: str, tmp_path: Path) -> No
     passed: dict[str, Any] = {
         "r": 4, "target_modules": ["0"], "task_type": "CAUSAL_LM", "inference_mode": False,
         "base_model_name_or_path": "some/model", "revision": None, "auto_mapping": None,
-        "peft_type": cls.peft_type, "fan_in_fan_out": False,
+        "peft_type": cls.peft_type, "fan_in_fan_out": True,
     }  # fmt: skip
     config = cls(**passed)
     assert config == cls(r=4, target_modules=["0"], task_type="CAUSAL_LM")
@@ -177,7 +177,7 @@ def test_configs_take_what_scripts_of_peft_pass(name: str, tmp_path: Path) -> No
         "r": 4, "target_modules": ["0"], "task_type": "CAUSAL_LM", "peft_type": cls.peft_type,
         "inference_mode": True, "base_model_name_or_path": None, **alpha,
     }  # fmt: skip
-    for field, value in (("layer_replication", [[0, 4]]), ("fan_in_fan_out", True), ("lora_r", 0)):
+    for field, value in (("layer_replication", [[0, 4]]), ("lora_r", 0)):
         with pytest.raises(TypeError, match=rf"{cls.__name__} takes the .*, got '{field}' too; "):
             cls(r=4, **{field: value})
     assert list(inspect.signature(cls).parameters) == [f.name for f in fields(cls)]

@@ -17,13 +17,23 @@ PACKAGE = Path(str(files(fastlora)))
 KERNELS = Path(native.__file__).parent
 # Lowest first: a module imports only from its own layer or from those before it.
 LAYERS = [
-    ["bnb_format", "bnb_live", "quant", "quant_experts", "backends"],
+    ["linears", "bnb_format", "bnb_live", "quant", "quant_experts", "backends"],
     ["weight_checks", "dispatch", "checks", "expert_checks"],
     ["ops"],
     ["kron", "factors", "multi", "operands", "functional", "products", "grouped"],
     ["adapters"],
     ["config", "layers", "other_layers", "experts"],
-    ["sharing", "fuse", "in_place", "expert_plan", "weight_reads", "plan", "patch", "report"],
+    [
+        "sharing",
+        "fuse",
+        "in_place",
+        "expert_plan",
+        "weight_reads",
+        "layer_checks",
+        "plan",
+        "patch",
+        "report",
+    ],
     ["adapter_files", "expert_files", "checkpoint", "tune"],
     ["__init__"],
     ["integrations"],

@@ -15,6 +15,7 @@ MAX_ALPHA = 1e4
 Names = str | Sequence[str] | None
 UNUSED = frozenset(
     [
+        "fan_in_fan_out",
         "peft_type",
         "auto_mapping",
         "peft_version",
@@ -36,9 +37,7 @@ class _ConfigType(type):
     def __call__(cls: type[_C], **values: Any) -> _C:
         """Return the config; fields of PEFT that change nothing here are left out."""
         own = {f.name for f in fields(cls) if f.init}  # type: ignore[arg-type]
-        used = {
-            name: value for name, value in values.items() if name in own or _counts(name, value)
-        }
+        used = {name: value for name, value in values.items() if name in own or name not in UNUSED}
         unknown = sorted(set(used) - own)
         if unknown:
             raise TypeError(
@@ -55,11 +54,6 @@ class _ConfigType(type):
         return own.replace(parameters=list(own.parameters.values())[1:])
 
 
-def _counts(name: str, value: object) -> bool:
-    """Return whether a field that is none of ours would change something."""
-    return name not in UNUSED and not (name == "fan_in_fan_out" and value is False)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(metaclass=_ConfigType):
     """The fields that all methods have, under PEFT's names and with PEFT's defaults.
@@ -67,7 +61,7 @@ class AdapterConfig(metaclass=_ConfigType):
     Attributes:
         r: rank, 1 to 4096.
         target_modules: list of module names or suffixes, a regular expression that matches the
-            whole name, or "all-linear" (also None): every nn.Linear but the output head.
+            whole name, or "all-linear" (also None): every linear but the output head.
         exclude_modules: list of names or suffixes, or a regular expression: never adapted.
         rank_pattern: rank by regular expression for the end of a module's name; first match wins.
         alpha_pattern: alpha in the same way.
@@ -76,7 +70,7 @@ class AdapterConfig(metaclass=_ConfigType):
         modules_to_save: names or suffixes of modules that are trained whole and saved along.
         task_type: PEFT's task type, such as "CAUSAL_LM", kept for PEFT.
 
-    The fields in `UNUSED`, and `fan_in_fan_out=False`, are taken and forgotten.
+    The fields in `UNUSED` are taken and forgotten; `fan_in_fan_out` is one, as a layer shows it.
 
     Raises:
         TypeError: a field has the wrong type, or there is no such field.

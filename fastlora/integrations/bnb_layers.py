@@ -14,6 +14,7 @@ from fastlora import ops
 from fastlora.dispatch import Problem, pick
 from fastlora.in_place import META, Accelerated, Swap, one_device, refusal
 from fastlora.integrations.versions import check_version
+from fastlora.linears import sizes
 from fastlora.ops.library import activation_dtype, is_transformed
 from fastlora.quant import QuantizedWeight
 
@@ -156,7 +157,7 @@ def weight_columns(module: Any) -> dict[str, Any]:
     state = quant_state(module) if isinstance(module, bnb.nn.Linear4bit) else None
     nbytes = sum(p.nbytes for p in module.parameters(recurse=False))
     if state is None:
-        return {"format": "dense", "shape": tuple(module.weight.shape), "bytes": nbytes}
+        return {"format": "dense", "shape": sizes(module), "bytes": nbytes}
     parts = [state.absmax, getattr(state.state2, "absmax", None)]
     nbytes += sum(t.nbytes for t in parts if t is not None)
     return {"format": state.quant_type, "shape": tuple(state.shape), "bytes": nbytes}
@@ -168,7 +169,7 @@ def problem(module: Any, r: int, adapter: torch.dtype | None, compute: str = "au
         state, dtype = quant_state(module), module.compute_dtype or quant_state(module).dtype
         (n, k), kind = state.shape, (state.quant_type, state.blocksize)
     else:
-        (n, k), dtype, kind = module.weight.shape, module.weight.dtype, ("dense", 0)
+        (n, k), dtype, kind = sizes(module), module.weight.dtype, ("dense", 0)
         compute = "auto"
     device = module.weight.device.type
     return Problem("lora_linear", device, dtype, *kind, BATCH, n, k, r, adapter, compute)

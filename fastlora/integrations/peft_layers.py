@@ -27,6 +27,7 @@ from fastlora.dispatch import Problem
 from fastlora.in_place import HOOKS, META, Accelerated, Swap, is_watched, one_device, refusal
 from fastlora.integrations import bnb_layers
 from fastlora.integrations.versions import check_version
+from fastlora.linears import by_outputs, is_conv1d
 from fastlora.ops.library import activation_dtype, autocasts, is_transformed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,15 +38,20 @@ PREFIX = (
 DROPOUT = "its dropout masks come from a seed, not from nn.Dropout"
 
 
+def is_dense(linear: nn.Module) -> bool:
+    """Return whether a base has a dense weight that kernels read: an nn.Linear or a Conv1D."""
+    return type(linear) is nn.Linear or is_conv1d(linear)
+
+
 class Operand:
     """What a call multiplies: x as the base takes it, and the base."""
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         linear = layer.base_layer
         state = layer.fastlora_state
-        self.dtype = None if type(linear) is nn.Linear else x.dtype
-        if type(linear) is nn.Linear:
-            weight = StoredWeight(linear.weight, None, None, None, "dense", 0)
+        self.dtype = None if is_dense(linear) else x.dtype
+        if is_dense(linear):
+            weight = StoredWeight(by_outputs(linear), None, None, None, "dense", 0)
         else:
             x, weight = bnb_layers.input_of(linear, x), bnb_layers.stored(linear)
         self.x = x
@@ -66,7 +72,7 @@ def base_reason(layer: Any) -> str | None:
         return "its adapters are merged"
     if is_watched(linear):
         return HOOKS
-    if type(linear) is not nn.Linear:
+    if not is_dense(linear):
         usual = isinstance(linear, bnb_layers.Linear4bit)
         return None if usual else "its base is not accelerated"
     return "its base is trained" if linear.weight.requires_grad else None
@@ -77,7 +83,7 @@ def takes(layer: Any, x: Tensor) -> bool:
     if base_reason(layer) is not None or not isinstance(x, Tensor):
         return False
     linear = layer.base_layer
-    if type(linear) is nn.Linear:
+    if is_dense(linear):
         usual = activation_dtype(x) in FLOATS and not is_transformed()
         return usual and (linear.weight.dtype == x.dtype or autocasts(x))
     return bnb_layers.computes(linear, x)
@@ -308,6 +314,18 @@ class LoraLinear(_Lora, lora.Linear):  # type: ignore[misc]
 
     plain: ClassVar[type[nn.Module]] = lora.Linear
 
+    def prepare(self) -> None:
+        """Lay the weight of a Conv1D out by rows; its shape stays (K, N)."""
+        base = cast(Any, self).base_layer
+        if is_conv1d(base):
+            base.weight.data = base.weight.data.t().contiguous().t()
+
+    def release(self) -> None:
+        """Lay the weight of a Conv1D out as it was."""
+        base = cast(Any, self).base_layer
+        if is_conv1d(base):
+            base.weight.data = base.weight.data.contiguous()
+
 
 class LoHaLinear(_Product, loha.Linear):  # type: ignore[misc]
     """PEFT's LoHa on a linear."""
@@ -365,7 +383,7 @@ def plan(name: str, module: nn.Module, backend: str, compute: str) -> Swap | str
     kind = f"{type(module).__module__.split('.')[2]}.{type(module).__name__}"
     if type(module) not in SWAPS:
         return f"PEFT's {kind} is left to PEFT"
-    if getattr(layer, "fan_in_fan_out", False):
+    if getattr(layer, "fan_in_fan_out", False) and not is_conv1d(layer.base_layer):
         return "a base weight stored as (inputs, outputs) is left to PEFT"
     reason = _base_reason(name, layer.base_layer, backend, compute)
     if reason is not None:
@@ -402,7 +420,7 @@ def refuse_checkpointing(model: Any, inputs: tuple[Any, ...]) -> None:
 def _base_reason(name: str, linear: nn.Module, backend: str, compute: str) -> str | None:
     if isinstance(linear, bnb_layers.Linear4bit):
         return None
-    if type(linear) is nn.Linear:
+    if is_dense(linear):
         if linear.weight.is_meta:
             return META
         if linear.weight.dtype not in FLOATS:

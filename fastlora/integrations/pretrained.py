@@ -21,6 +21,7 @@ from fastlora.integrations.quantizer import FastLoraQuantConfig
 from fastlora.integrations.shards import CONFIG, INDEX, check_files, read_json, weight_map
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear
+from fastlora.linears import is_linear
 from fastlora.patch import any_record, patch_model, set_compute, the_record
 from fastlora.quant import QuantConfig
 
@@ -277,9 +278,7 @@ def _bnb_config(model: nn.Module, packed: dict[str, QuantizedLinear]) -> dict[st
     """Return the quantization_config that transformers writes for bitsandbytes."""
     first = next(iter(packed.values()))
     kept = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in packed
+        name for name, module in model.named_modules() if is_linear(module) and name not in packed
     ]
     assert first.quant.quant_type in FORMATS
     return {

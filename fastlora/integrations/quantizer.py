@@ -26,9 +26,10 @@ from fastlora.expert_plan import ExpertsPlan, stacked
 from fastlora.experts import AdapterExperts, begin, projections, refusal, set_quantized
 from fastlora.integrations.shards import check_files
 from fastlora.integrations.versions import check_version
-from fastlora.layers import QuantizedLinear, to_adapter_linear
+from fastlora.layers import QuantizedLinear, to_adapter_linear, to_class
+from fastlora.linears import is_conv1d, linears, sizes
 from fastlora.patch import RECORD, Record, tensor_bytes
-from fastlora.plan import Plan, linears
+from fastlora.plan import Plan
 from fastlora.quant import QuantConfig, QuantizedWeight
 from fastlora.quant_experts import quantize_experts
 from fastlora.weight_reads import weight_reads
@@ -177,10 +178,10 @@ class _Deserialize(_Take):
         module, _part = get_module_from_name(model, name)
         packed = {_with(name, key): value for key, value in tensors.items()}
         weight = QuantizedWeight.from_state_dict(packed, name)
-        if weight.shape != (module.out_features, module.in_features):
+        if weight.shape != sizes(module):
             raise ValueError(
-                f"{name!r} must have shape {(module.out_features, module.in_features)}, got"
-                f" {weight.shape}; the checkpoint is of another model"
+                f"{name!r} must have shape {sizes(module)}, got {weight.shape}; the checkpoint is"
+                " of another model"
             )
         become_quantized(module, weight, self.config.backend)
         vars(module)[_KEPT] = dict(module._buffers)
@@ -196,10 +197,10 @@ def _with(full: str, key: str) -> str:
 
 
 def become_quantized(module: Any, weight: QuantizedWeight, backend: str) -> None:
-    """Turn an nn.Linear, perhaps on the meta device, into a 4-bit one with this weight."""
+    """Turn a linear, perhaps on the meta device, into a 4-bit one with this weight."""
     device = weight.packed.device
     module.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-    module.__class__ = QuantizedLinear
+    to_class(module, QuantizedLinear)
     module.adapter, module.backend, module.cache = None, backend, Cache()
     module.set_quantized(weight)
 
@@ -256,10 +257,8 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         reads = {n: str(r) for n, r in weight_reads(model).items() if not _skips(skip, n)}
         self.skipped = [n for n in linears(model) if _skips(skip, n) or n in reads]
-        kinds = {name: type(module) for name, module in linears(model).items()}
-        self.wanted = {
-            f"{n}.weight" for n, t in kinds.items() if t is nn.Linear and n not in self.skipped
-        }
+        own = [n for n, m in linears(model).items() if type(m) is nn.Linear or is_conv1d(m)]
+        self.wanted = {f"{n}.weight" for n in own if n not in self.skipped}
         self.left = reads
         self.experts: set[str] = set()
         for name, module in model.named_modules():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastlora import BottleneckConfig
+from fastlora.linears import linears, sizes
 from fastlora.train.models import Loaded
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies.low_rank import LowRankStrategy
@@ -66,8 +67,8 @@ def sublayer_ends(model: nn.Module) -> dict[str, list[str]]:
         if not is_list or len({type(block) for block in blocks.children()}) > 1:
             continue
         for number, block in blocks.named_children():
-            own = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-            alike = [n for n, m in own if m.out_features == own[-1][1].out_features]
+            own = {n: sizes(m)[0] for n, m in linears(block).items()}
+            alike = [n for n, outputs in own.items() if outputs == [*own.values()][-1]]
             if len(alike) > 1:
                 found["feed-forward"].append(f"{stem}.{number}.{alike[-1]}")
                 found["attention"].append(f"{stem}.{number}.{alike[-2]}")

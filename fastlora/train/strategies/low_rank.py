@@ -11,6 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.adapters import AdapterConfig
+from fastlora.linears import is_linear
 from fastlora.train.models import Loaded
 from fastlora.train.refusal import Refusal
 from fastlora.train.strategies.base import Strategy
@@ -82,7 +83,7 @@ def convolutions_instead(model: nn.Module, head: list[str], r: int) -> list[str]
     """
     inside = tuple(f"{name}." for name in head)
     body = [(n, m) for n, m in model.named_modules() if not f"{n}.".startswith(inside or ("\0",))]
-    if any(isinstance(module, nn.Linear) for _, module in body):
+    if any(is_linear(module) for _, module in body):
         return []
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     found = [(name, module.weight) for name, module in body if isinstance(module, kinds)]

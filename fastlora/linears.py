@@ -1,0 +1,36 @@
+"""What counts as a linear: nn.Linear, and transformers' Conv1D, which keeps W (N, K) as (K, N)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is a Conv1D of transformers (GPT-2's linear), exactly."""
+    return type(module) is getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is an nn.Linear, of any class, swapped ones too, or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def linears(model: nn.Module) -> dict[str, Any]:
+    """Return every linear of a model by name."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def sizes(linear: Any) -> tuple[int, int]:
+    """Return (N, K) of a linear."""
+    if is_conv1d(linear):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
+
+
+def by_outputs(linear: Any) -> Tensor:
+    """Return the weight of a linear that is not swapped, (N, K), sharing memory."""
+    weight: Tensor = linear.weight
+    return weight.t() if is_conv1d(linear) else weight
