@@ -225,3 +225,28 @@ def test_unseen_writes_are_noticed_after(after: Callable[[nn.Module], object]) -
         new = model(x)
     assert not torch.allclose(new, old)
     torch.testing.assert_close(new, model(x).detach())
+
+
+def test_views_are_kept_for_the_very_objects() -> None:
+    cache, made = Cache(), []
+    weight, state = nn.Parameter(torch.zeros(4), False), object()
+
+    def make() -> torch.Tensor:
+        made.append(weight.data_ptr())
+        return weight.detach().view(2, 2)
+
+    def call(*sources: object) -> torch.Tensor:
+        return cache.views("v", sources, weight.data_ptr(), make)
+
+    first = call(weight, state)
+    weight.data[0] = 1.0  # values are shared
+    assert call(weight, state) is first and first[0, 0] == 1
+    assert call(weight, object()) is not first
+    second = call(weight, state)
+    weight.data = torch.ones(4)
+    assert call(weight, state) is not second and len(made) == 4
+    with torch.inference_mode():
+        cache.drop()
+        kept = call(weight, state)
+    assert not kept.is_inference() and call(weight, state) is kept
+    assert copy.deepcopy(cache)._kept == {}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastlora.ops.library import is_plain
 
@@ -57,6 +58,28 @@ class Cache:
                 entry = key, make()
             self._kept[name] = entry
         value: T = entry[1]
+        return value
+
+    def views(
+        self, name: str, sources: tuple[object, ...], address: int, make: Callable[[], T]
+    ) -> T:
+        """Return ``make()``, or what it returned for these very objects, values of which it shares.
+
+        Args:
+            name: of the value.
+            sources: what it is made of, by identity.
+            address: of a source's memory, by which a change of storage is noticed.
+            make: makes it.
+        """
+        if _get_current_dispatch_mode() is not None:
+            return make()
+        key = (address, *map(id, sources))
+        entry = self._kept.get(name)
+        if entry is None or entry[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                entry = key, (sources, make())  # which keeps the identities from being used again
+            self._kept[name] = entry
+        value: T = entry[1][1]
         return value
 
     def trained(

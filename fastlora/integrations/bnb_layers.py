@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def quant_state(module: Any) -> Any:
     """Return the quant state of a 4-bit linear, or None before it is quantised."""
-    state = getattr(module.weight, "quant_state", None)
+    state = getattr(module._parameters["weight"], "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
 
@@ -33,14 +33,15 @@ def stored(module: Any) -> StoredWeight:
     state = quant_state(module)
     if torch.compiler.is_compiling():
         return _traced(module, state)
-    packed = module.weight.detach().as_subclass(Tensor)
+    weight = module._parameters["weight"]
 
     def read() -> StoredWeight:
-        weight = QuantizedWeight.from_bnb((packed, state)).stored()
-        return weight._replace(compute=module.fastlora_state.compute)
+        packed = weight.detach().as_subclass(Tensor)
+        found = QuantizedWeight.from_bnb((packed, state)).stored()
+        return found._replace(compute=module.fastlora_state.compute)
 
     cache = module.fastlora_state.cache
-    kept: StoredWeight = cache.frozen("stored", (packed,), read, also=_Same(state))
+    kept: StoredWeight = cache.views("stored", (weight, state), weight.data_ptr(), read)
     return kept
 
 
@@ -55,18 +56,6 @@ def _traced(module: Any, state: Any) -> StoredWeight:
     if state.nested:
         return StoredWeight(data, state.absmax, state.state2.absmax, state.offset.float(), *kind)
     return StoredWeight(data, state.absmax.float(), None, None, *kind)
-
-
-class _Same:
-    """Equal to itself alone, by the identity of what it holds."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def input_of(module: Any, x: Tensor) -> Tensor:
