@@ -2,6 +2,7 @@
 
 python -m bench.engine             # the table, appended to bench/results/engine-cpu.jsonl
 python -m bench.engine --memory    # peak memory beyond that of LoRA instead of time
+python -m bench.engine --dtype float32  # for a CPU without instructions for bfloat16
 
 Forward + backward, gradients of x and of every parameter; all variants of a row are interleaved in
 one process. The modules are what a user gets: `patch_model` and `get_peft_model`.
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +39,30 @@ TARGETS = {"loha": (5.0, 1.15), "lokr": (4.0, 1.3), "dora": (3.0, 1.25)}
 Run = Callable[[], object]
 
 
+class Kind(NamedTuple):
+    """The dtypes of activations and dense weights, and of adapters."""
+
+    dtype: torch.dtype
+    adapter: torch.dtype
+
+
 class One(nn.Module):
     """A module with linears of one input, `proj0`, `proj1`, ..."""
 
-    def __init__(self, k: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, dtype: torch.dtype, k: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
         for i, n in enumerate(sizes):
-            self.add_module(f"proj{i}", nn.Linear(k, n, bias=False, dtype=torch.bfloat16))
+            self.add_module(f"proj{i}", nn.Linear(k, n, bias=False, dtype=dtype))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The output of every linear."""
         return [layer(x) for layer in self.children()]
 
 
-def made(k: int, *sizes: int) -> Any:
+def made(dtype: torch.dtype, k: int, *sizes: int) -> Any:
     """The module with the same weights every time."""
     torch.manual_seed(0)
-    return One(k, sizes)
+    return One(dtype, k, sizes)
 
 
 def config(library: Any, method: str) -> Any:
@@ -69,26 +77,27 @@ def config(library: Any, method: str) -> Any:
     return library.LoKrConfig(**fields, decompose_factor=FACTOR)
 
 
-def ours(method: str, dtype: torch.dtype, k: int, *sizes: int) -> Any:
+def ours(method: str, kind: Kind, k: int, *sizes: int) -> Any:
     """The module with an adapter on NF4 weights, its parameters small random numbers."""
-    model = fastlora.patch_model(made(k, *sizes), config(fastlora, method), quantize="nf4")
-    return set_parameters(model, dtype)
+    plain = made(kind.dtype, k, *sizes)
+    model = fastlora.patch_model(plain, config(fastlora, method), quantize="nf4")
+    return set_parameters(model, kind.adapter)
 
 
-def theirs(method: str, dtype: torch.dtype, k: int, n: int) -> Any:
+def theirs(method: str, kind: Kind, k: int, n: int) -> Any:
     """PEFT's on dense weights, and for DoRA on bitsandbytes NF4, double-quantised."""
     import peft
 
-    model = made(k, n)
+    model = made(kind.dtype, k, n)
     if method == "dora":
         import bitsandbytes as bnb
 
         weight = model.proj0.weight.detach()
-        base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=kind.dtype, quant_type="nf4")
         base.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.proj0 = base.to("cpu")
     wrapped = peft.get_peft_model(model, config(peft, method), autocast_adapter_dtype=False)
-    return set_parameters(wrapped, dtype)
+    return set_parameters(wrapped, kind.adapter)
 
 
 def set_parameters(model: Any, dtype: torch.dtype) -> Any:
@@ -110,10 +119,10 @@ def step(model: Any, x: Tensor, dys: list[Tensor]) -> object:
     return torch.autograd.grad(model(x), wanted, dys)
 
 
-def inputs(m: int, k: int, *sizes: int) -> tuple[Tensor, list[Tensor]]:
+def inputs(dtype: torch.dtype, m: int, k: int, *sizes: int) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, k, generator=generator).bfloat16().requires_grad_()
-    return x, [torch.randn(m, n, generator=generator).bfloat16() for n in sizes]
+    x = torch.randn(m, k, generator=generator).to(dtype).requires_grad_()
+    return x, [torch.randn(m, n, generator=generator).to(dtype) for n in sizes]
 
 
 def agree(left: Tensor, right: Tensor) -> None:
@@ -122,13 +131,13 @@ def agree(left: Tensor, right: Tensor) -> None:
     torch.testing.assert_close(left.float(), right.float(), atol=4 * worst, rtol=0.1)
 
 
-def method_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
+def method_runs(name: str, m: int, kind: Kind) -> dict[str, Run]:
     """Our LoRA and every other method, ours and PEFT's, on one layer."""
     n, k = SHAPES[name]
-    x, dys = inputs(m, k, n)
-    runs: dict[str, Run] = {"lora": partial(step, ours("lora", dtype, k, n), x, dys)}
+    x, dys = inputs(kind.dtype, m, k, n)
+    runs: dict[str, Run] = {"lora": partial(step, ours("lora", kind, k, n), x, dys)}
     for method in TARGETS:
-        mine, other = ours(method, dtype, k, n), theirs(method, dtype, k, n)
+        mine, other = ours(method, kind, k, n), theirs(method, kind, k, n)
         with torch.no_grad():
             agree(mine(x)[0], other(x)[0])
         runs[method] = partial(step, mine, x, dys)
@@ -136,11 +145,11 @@ def method_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
     return runs
 
 
-def group_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
+def group_runs(name: str, m: int, kind: Kind) -> dict[str, Run]:
     """Layers that are fed the same x, one by one and as a group."""
     k, sizes = GROUPS[name]
-    x, dys = inputs(m, k, *sizes)
-    alone, fused = ours("lora", dtype, k, *sizes), ours("lora", dtype, k, *sizes)
+    x, dys = inputs(kind.dtype, m, k, *sizes)
+    alone, fused = ours("lora", kind, k, *sizes), ours("lora", kind, k, *sizes)
     fastlora.fuse_groups(fused)
     fused(x)  # finds the group
     for left, right in zip(alone(x), fused(x), strict=True):
@@ -148,14 +157,14 @@ def group_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
     return {"one by one": partial(step, alone, x, dys), "group": partial(step, fused, x, dys)}
 
 
-def batch_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
+def batch_runs(name: str, m: int, kind: Kind) -> dict[str, Run]:
     """One adapter for all rows, and eight adapters for an eighth of the rows each."""
     n, k = SHAPES[name]
-    x, dys = inputs(m, k, n)
+    x, dys = inputs(kind.dtype, m, k, n)
     torch.manual_seed(2)
-    weight = fastlora.quantize_4bit(made(k, n).proj0.weight.detach())
-    down = [nn.Parameter((torch.randn(R, k) * k**-0.5).to(dtype)) for _ in range(ADAPTERS)]
-    up = [nn.Parameter(torch.randn(n, R).to(dtype)) for _ in range(ADAPTERS)]
+    weight = fastlora.quantize_4bit(made(kind.dtype, k, n).proj0.weight.detach())
+    down = [nn.Parameter((torch.randn(R, k) * k**-0.5).to(kind.adapter)) for _ in range(ADAPTERS)]
+    up = [nn.Parameter(torch.randn(n, R).to(kind.adapter)) for _ in range(ADAPTERS)]
     scaling = [ALPHA / R] * ADAPTERS
     ids = torch.arange(m) * ADAPTERS // m
 
@@ -175,10 +184,15 @@ def batch_runs(name: str, m: int, dtype: torch.dtype) -> dict[str, Run]:
     }
 
 
+def dtypes(args: argparse.Namespace) -> Kind:
+    """The dtypes that the options ask for."""
+    return Kind(getattr(torch, args.dtype), getattr(torch, args.adapter_dtype or args.dtype))
+
+
 def measure(kind: str, name: str, m: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of results of one shape and number of tokens."""
     make = {"method": method_runs, "group": group_runs, "batch": batch_runs}[kind]
-    runs = make(name, m, getattr(torch, args.adapter_dtype))
+    runs = make(name, m, dtypes(args))
     times = common.interleaved(runs, args.seconds, "cpu")
     row = {"kind": kind, "shape": name, "M": m}
     rows = [{**row, "variant": v, **common.summary(series)} for v, series in times.items()]
@@ -209,13 +223,13 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def one_memory(name: str, m: int, method: str, dtype: torch.dtype) -> int:
+def one_memory(name: str, m: int, method: str, kind: Kind) -> int:
     """Peak bytes of one forward + backward of a method beyond its inputs and outputs."""
     n, k = SHAPES[name]
-    model, warm = ours(method, dtype, k, n), ours(method, dtype, 64, 64)
-    step(warm, *inputs(1, 64, 64))
-    x, dys = inputs(m, k, n)
-    return memory.peak(partial(step, model, x, dys), m * n * 2)
+    model, warm = ours(method, kind, k, n), ours(method, kind, 64, 64)
+    step(warm, *inputs(kind.dtype, 1, 64, 64))
+    x, dys = inputs(kind.dtype, m, k, n)
+    return memory.peak(partial(step, model, x, dys), m * n * kind.dtype.itemsize)
 
 
 def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -226,7 +240,7 @@ def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         sizes = {}
         for method in ("lora", *TARGETS):
             command = [sys.executable, "-m", "bench.engine", "--one-memory", name, method]
-            command += ["--adapter-dtype", args.adapter_dtype]
+            command += ["--dtype", args.dtype, "--adapter-dtype", args.adapter_dtype or args.dtype]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             sizes[method] = int(json.loads(out.splitlines()[-1]))
             rows.append({"kind": "memory", "shape": name, "M": 1024, "variant": method})
@@ -243,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--adapter-dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--adapter-dtype", choices=("bfloat16", "float32"), help="as --dtype")
     parser.add_argument("--seconds", type=float, default=3.0, help="per row of the table")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--one-memory", nargs=2, help=argparse.SUPPRESS)
@@ -253,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="peft|bitsandbytes")
     if args.one_memory:
         name, method = args.one_memory
-        print(one_memory(name, 1024, method, getattr(torch, args.adapter_dtype)))
+        print(one_memory(name, 1024, method, dtypes(args)))
         return 0
     facts = common.facts("cpu")
     print(json.dumps(facts))
@@ -266,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         wanted += [("batch", s, max(args.tokens)) for s in args.shapes]
         rows = [row for item in wanted for row in measure(*item, args)]
     if not args.no_write:
-        extra = {"bench": kind, "adapter_dtype": args.adapter_dtype, **facts}
+        names = {"dtype": args.dtype, "adapter_dtype": args.adapter_dtype or args.dtype}
+        extra = {"bench": kind, **names, **facts}
         print(f"appended to {common.append(f'{kind}-cpu', [{**extra, **r} for r in rows])}")
     return 0
 

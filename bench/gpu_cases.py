@@ -199,12 +199,14 @@ def _method(case: Case, device: str) -> tuple[dict[str, Run], list[str]]:
     """LoHa, LoKr or DoRA on NF4, against PEFT's (DoRA on bitsandbytes, the others dense)."""
     from bench import engine
 
+    kind = engine.Kind(BF16, BF16)
+
     x, dy = _random(case.m, case.k, device=device), _random(case.m, case.n, device=device)
     x.requires_grad_()
     makers: dict[str, Callable[[], Any]] = {
-        "fastlora": partial(engine.ours, case.what, BF16, case.k, case.n),
-        "our lora": partial(engine.ours, "lora", BF16, case.k, case.n),
-        "peft": partial(engine.theirs, case.what, BF16, case.k, case.n),
+        "fastlora": partial(engine.ours, case.what, kind, case.k, case.n),
+        "our lora": partial(engine.ours, "lora", kind, case.k, case.n),
+        "peft": partial(engine.theirs, case.what, kind, case.k, case.n),
     }
     runs: dict[str, Run] = {}
     left_out = []
