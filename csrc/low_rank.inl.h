@@ -123,7 +123,8 @@ inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx,
                              int64_t columns, float scale, const Dropout& dropout, bool transposed, L* out,
                              int threads) {
   constexpr int JR = VW == 16 ? 8 : 4;  // twice as many sums, in registers
-  constexpr int64_t WIDTH = 128, ROWS = 32, AHEAD = ROWS * 2 * VW / WIDTH, LD = WIDTH + 16;  // 9 cache lines apart: no two rows share a set
+  constexpr int64_t WIDTH = 128, ROWS = 32, LD = WIDTH + 16;  // 9 cache lines apart: no two rows share a set
+  constexpr int64_t AHEAD = ROWS * 2 * VW / WIDTH;            // rows of the next block to fetch per step of columns
   if (dropout.on) scale *= dropout.scale;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t col = 0; col < columns; col += WIDTH) {
@@ -146,8 +147,9 @@ inline void accumulate_outer(const float* s, int64_t r, const X* x, int64_t ldx,
           const int64_t last = g.rank + g.r;
           for (; j + JR <= last; j += JR) outer<JR>(lines, j, block + c, rows, sums + j * LD + c, LD);
           for (; j < last; ++j) outer<1>(lines, j, block + c, rows, sums + j * LD + c, LD);
-          const int64_t next = first + ROWS + c / (2 * VW) * AHEAD;  // rows are too far apart for the hardware to see
-          for (int64_t i = next; i < min64(next + AHEAD, g.count); ++i) prefetch(x + col + all.at(g.first + i) * ldx, cols);
+          const int64_t next = first + ROWS + c / (2 * VW) * AHEAD;  // too far apart for the hardware to foresee
+          for (int64_t i = next; i < min64(next + AHEAD, g.count); ++i)
+            prefetch(x + col + all.at(g.first + i) * ldx, cols);
         }
       }
     for (int64_t c = 0; c < cols; ++c)
