@@ -17,7 +17,7 @@ from fastlora_kernels.formats import StoredWeight
 from torch import Tensor, nn
 
 from fastlora.adapters import METHODS, AdapterSpec, Base, Cache, Call
-from fastlora.linears import by_outputs, is_conv1d, sizes
+from fastlora.linears import by_outputs, is_conv1d, lay_by_outputs, sizes
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def to_class(linear: Any, kind: type[AdapterLinear]) -> None:
         linear.out_features, linear.in_features = sizes(linear)
         linear.fan_in_fan_out = True
         if kind is AdapterLinear:
-            linear.weight.data = linear.weight.data.t().contiguous().t()
+            lay_by_outputs(linear)
     linear.__class__ = kind
 
 

@@ -30,6 +30,11 @@ def sizes(linear: Any) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
+def lay_by_outputs(conv1d: Any) -> None:
+    """Lay the weight of a Conv1D out as kernels read it; shape and values stay."""
+    conv1d.weight.data = conv1d.weight.data.t().contiguous().t()
+
+
 def by_outputs(linear: Any) -> Tensor:
     """Return the weight of a linear that is not swapped, (N, K), sharing memory."""
     weight: Tensor = linear.weight

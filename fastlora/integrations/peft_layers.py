@@ -27,7 +27,7 @@ from fastlora.dispatch import Problem
 from fastlora.in_place import HOOKS, META, Accelerated, Swap, is_watched, one_device, refusal
 from fastlora.integrations import bnb_layers
 from fastlora.integrations.versions import check_version
-from fastlora.linears import by_outputs, is_conv1d
+from fastlora.linears import by_outputs, is_conv1d, lay_by_outputs
 from fastlora.ops.library import activation_dtype, autocasts, is_transformed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -318,7 +318,7 @@ class LoraLinear(_Lora, lora.Linear):  # type: ignore[misc]
         """Lay the weight of a Conv1D out by rows; its shape stays (K, N)."""
         base = cast(Any, self).base_layer
         if is_conv1d(base):
-            base.weight.data = base.weight.data.t().contiguous().t()
+            lay_by_outputs(base)
 
     def release(self) -> None:
         """Lay the weight of a Conv1D out as it was."""
