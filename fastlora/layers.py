@@ -7,7 +7,6 @@ them. All state is plain tensors and plain Python, so copies, pickles and `.to()
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -17,7 +16,7 @@ from fastlora_kernels.formats import StoredWeight
 from torch import Tensor, nn
 
 from fastlora.adapters import METHODS, AdapterSpec, Base, Cache, Call
-from fastlora.linears import by_outputs, is_conv1d, lay_by_outputs, sizes
+from fastlora.linears import by_outputs, conv1d_class, is_conv1d, lay_by_outputs, sizes
 from fastlora.quant import QuantConfig, QuantizedWeight, quantize_4bit
 
 if TYPE_CHECKING:
@@ -311,7 +310,7 @@ def to_linear(module: AdapterLinear, weight: Tensor | None) -> None:
     plain: Any = nn.Linear
     if module.fan_in_fan_out:
         del module.fan_in_fan_out, module.out_features, module.in_features
-        plain, weight = sys.modules["transformers.pytorch_utils"].Conv1D, _turned(weight)
+        plain, weight = conv1d_class(), _turned(weight)
     if weight is not None:
         module.weight = nn.Parameter(weight, requires_grad=False)
     module.weight.data = module.weight.data.contiguous()

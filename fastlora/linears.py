@@ -8,9 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def conv1d_class() -> Any:
+    """Return transformers' Conv1D (GPT-2's linear); None where transformers was not imported."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
 def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is a Conv1D of transformers (GPT-2's linear), exactly."""
-    return type(module) is getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    """Return whether a module is a Conv1D, exactly."""
+    return type(module) is conv1d_class()
+
+
+def is_usual(module: nn.Module) -> bool:
+    """Return whether a module is exactly an nn.Linear or a Conv1D: its forward is known."""
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from fastlora.expert_plan import ExpertsPlan, plan_experts
 from fastlora.experts import AdapterExperts
 from fastlora.layer_checks import TOO_WIDE, check_layer, refuse_rank, too_wide
 from fastlora.layers import AdapterLinear, QuantizedLinear
-from fastlora.linears import is_conv1d, is_linear, linears, sizes
+from fastlora.linears import is_linear, is_usual, linears, sizes
 from fastlora.other_layers import can_adapt, spec_of
 from fastlora.quant import QuantConfig
 from fastlora.weight_reads import Read, weight_reads
@@ -259,8 +259,7 @@ def _reasons_to_skip(model: nn.Module, config: AdapterConfig | None) -> dict[str
 
 def _foreign(name: str, module: nn.Module) -> str | None:
     """Return why a linear can't be swapped, or None."""
-    plain = type(module) is nn.Linear or is_conv1d(module)
-    if not plain and not isinstance(module, AdapterLinear):
+    if not is_usual(module) and not isinstance(module, AdapterLinear):
         return (
             f"a target module must be exactly an nn.Linear, but {name!r} is a"
             f" {type(module).__name__}, whose forward would be lost; exclude it"

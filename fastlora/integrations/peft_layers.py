@@ -27,7 +27,7 @@ from fastlora.dispatch import Problem
 from fastlora.in_place import HOOKS, META, Accelerated, Swap, is_watched, one_device, refusal
 from fastlora.integrations import bnb_layers
 from fastlora.integrations.versions import check_version
-from fastlora.linears import by_outputs, is_conv1d, lay_by_outputs
+from fastlora.linears import by_outputs, is_conv1d, is_usual, lay_by_outputs
 from fastlora.ops.library import activation_dtype, autocasts, is_transformed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,19 +38,14 @@ PREFIX = (
 DROPOUT = "its dropout masks come from a seed, not from nn.Dropout"
 
 
-def is_dense(linear: nn.Module) -> bool:
-    """Return whether a base has a dense weight that kernels read: an nn.Linear or a Conv1D."""
-    return type(linear) is nn.Linear or is_conv1d(linear)
-
-
 class Operand:
     """What a call multiplies: x as the base takes it, and the base."""
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         linear = layer.base_layer
         state = layer.fastlora_state
-        self.dtype = None if is_dense(linear) else x.dtype
-        if is_dense(linear):
+        self.dtype = None if is_usual(linear) else x.dtype
+        if is_usual(linear):
             weight = StoredWeight(by_outputs(linear), None, None, None, "dense", 0)
         else:
             x, weight = bnb_layers.input_of(linear, x), bnb_layers.stored(linear)
@@ -72,7 +67,7 @@ def base_reason(layer: Any) -> str | None:
         return "its adapters are merged"
     if is_watched(linear):
         return HOOKS
-    if not is_dense(linear):
+    if not is_usual(linear):
         usual = isinstance(linear, bnb_layers.Linear4bit)
         return None if usual else "its base is not accelerated"
     return "its base is trained" if linear.weight.requires_grad else None
@@ -83,7 +78,7 @@ def takes(layer: Any, x: Tensor) -> bool:
     if base_reason(layer) is not None or not isinstance(x, Tensor):
         return False
     linear = layer.base_layer
-    if is_dense(linear):
+    if is_usual(linear):
         usual = activation_dtype(x) in FLOATS and not is_transformed()
         return usual and (linear.weight.dtype == x.dtype or autocasts(x))
     return bnb_layers.computes(linear, x)
@@ -420,7 +415,7 @@ def refuse_checkpointing(model: Any, inputs: tuple[Any, ...]) -> None:
 def _base_reason(name: str, linear: nn.Module, backend: str, compute: str) -> str | None:
     if isinstance(linear, bnb_layers.Linear4bit):
         return None
-    if is_dense(linear):
+    if is_usual(linear):
         if linear.weight.is_meta:
             return META
         if linear.weight.dtype not in FLOATS:

@@ -27,7 +27,7 @@ from fastlora.experts import AdapterExperts, begin, projections, refusal, set_qu
 from fastlora.integrations.shards import check_files
 from fastlora.integrations.versions import check_version
 from fastlora.layers import QuantizedLinear, to_adapter_linear, to_class
-from fastlora.linears import is_conv1d, linears, sizes
+from fastlora.linears import is_usual, linears, sizes
 from fastlora.patch import RECORD, Record, tensor_bytes
 from fastlora.plan import Plan
 from fastlora.quant import QuantConfig, QuantizedWeight
@@ -257,7 +257,7 @@ class FastLoraQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         reads = {n: str(r) for n, r in weight_reads(model).items() if not _skips(skip, n)}
         self.skipped = [n for n in linears(model) if _skips(skip, n) or n in reads]
-        own = [n for n, m in linears(model).items() if type(m) is nn.Linear or is_conv1d(m)]
+        own = [n for n, m in linears(model).items() if is_usual(m)]
         self.wanted = {f"{n}.weight" for n in own if n not in self.skipped}
         self.left = reads
         self.experts: set[str] = set()
